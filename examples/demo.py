@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make demo`: one real model, quantized for four accelerators that differ in kind."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import qhw
+from examples import digits
+from qhw.cli.words import accumulator_words
+from qhw.engine import SilentProgress, float_bytes, quantized_bytes
+from qhw.errors import QhwError
+
+TARGETS = ("whitepaper/generic-int8", "onnxruntime/cpu-x86-vnni", "google/litert-int8", "espressif/esp32-p4")
+COLUMNS = ("target", "weights", "activations", "acc", "float", "sim", "in onnxruntime*", "agree", "on chip", "size, KB")
+LEFT_ALIGNED = 3
+
+LEGEND = """
+Top-1 in % on {samples} held-out scans: the float model, its simulation, and its ONNX artefact in onnxruntime on this
+machine (* a portability check, not the chip, except for onnxruntime/cpu-x86-vnni itself). agree: predictions of the
+simulation equal to the float model's. on chip: multiply-accumulates there. size: parameters, float -> codes.
+One result folder per target in out/; {seconds:.0f} s.
+Next: qhw plan examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
+Your own chip in ten lines: README, "Declare an accelerator"."""
+
+
+def main() -> None:
+    """Quantize the digits model for every target, print one row each, write one result folder each."""
+    started = time.perf_counter()
+    model, example_inputs = digits.model()
+    graph = qhw.capture(model, example_inputs)
+    rows: list[tuple[str, ...]] = []
+    algorithms: list[str] = []
+    samples = 0
+    for name in TARGETS:
+        print(f"{name} ...", file=sys.stderr)
+        target = qhw.load_target(name)
+        plan = qhw.plan(graph, target, calibration=digits.calibration())
+        result = qhw.quantize(graph, plan, calibration=digits.calibration(), progress=SilentProgress())
+        scores: dict[str, Any] = {}
+
+        def measure(artefact: Path, result: Any = result, scores: dict[str, Any] = scores) -> list[Any]:
+            found = qhw.evaluate(graph, result, digits.evaluation(), artefact=artefact, progress=SilentProgress())
+            scores.update({score.subject: score for score in found})
+            return [{"subject": score.subject, "top1": score.value, "samples": score.samples} for score in found]
+
+        qhw.save(result, Path("out") / name.replace("/", "-"), evaluate_artefact=measure)
+        samples = scores["float"].samples
+        algorithms.append(", ".join(step.algorithm for step in plan.steps))
+        rows.append(_row(graph, target, plan, result, scores))
+    _print(rows, algorithms)
+    print(LEGEND.format(samples=samples, seconds=time.perf_counter() - started))
+
+
+def _print(rows: list[tuple[str, ...]], algorithms: list[str]) -> None:
+    """The table, and under each row the algorithms that the plan chose."""
+    widths = [max(len(row[index]) for row in [COLUMNS, *rows]) for index in range(len(COLUMNS))]
+    for row, chosen in zip([COLUMNS, *rows], ["", *algorithms], strict=True):
+        pairs = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(width) if i < LEFT_ALIGNED else cell.rjust(width) for i, (cell, width) in pairs]
+        print("  ".join(cells).rstrip())
+        if chosen:
+            print(f"    {chosen}")
+
+
+def _row(graph: Any, target: Any, plan: Any, result: Any, scores: dict[str, Any]) -> tuple[str, ...]:
+    weight = next(point for point in plan.points if point.role == "weight")
+    activation = next(point for point in plan.points if point.role == "activation")
+    kernel = next(op.kernel for op in plan.operators if op.kernel and op.macs)
+    artefact = scores.get("artefact in onnxruntime")
+    return (
+        target.name,
+        _short(target.formats[weight.format]),
+        _short(target.formats[activation.format]),
+        accumulator_words(target, target.kernels[kernel].accumulator).split(" ")[0].rstrip(","),
+        f"{scores['float'].value:.1f}",
+        f"{scores['simulated'].value:.1f}",
+        "-" if artefact is None else f"{artefact.value:.1f}",
+        f"{100 * scores['simulated'].agreement.share:.1f} %",
+        f"{100 * plan.accelerator_macs / plan.total_macs:.0f} %",
+        f"{float_bytes(graph) / 1e3:.1f} -> {quantized_bytes(result) / 1e3:.1f}",
+    )
+
+
+def _short(spec: Any) -> str:
+    """As `s8/channel`, `u8/tensor`, `s8/tensor 2^k`."""
+    power = " 2^k" if spec.scale is not None and spec.scale.kind == "power_of_two" else ""
+    return f"{'s' if spec.is_signed else 'u'}{spec.element_bits}/{spec.per.replace('out_', '')}{power}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QhwError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: finished result folders are in out/, nothing half-written.")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSE ranges: clip where that lowers the squared error."""
+
+from typing import Any
+
+from torch import Tensor
+
+from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
+from qhw.extension import Algorithm, PluginInfo, hookimpl
+from qhw.graph import Graph, Placement
+from qhw.numerics import Histogram, mse_qparams_from_histogram, mse_qparams_from_tensor
+from qhw.schema import TargetSpec
+from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
+
+_LEAST = "the {value} scale with the smallest squared error"
+_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
+
+
+class MseWeights(Algorithm):
+    """Weight ranges with the smallest squared error.
+
+        argmin over (q_min, q_max) of ||W - W_hat||_F^2                             (16)
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 3.1. Only scales that the target can hold are tried.
+    """
+
+    name = "mse_weights"
+    stage = "weight_range"
+    summary = "Weight ranges with the smallest squared error."
+
+    def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
+        """All weight points."""
+        names = weight_sites(points)
+        return all_sites(names, scale_reasons(points, target, names, _LEAST))
+
+    def apply(self, work: Any, step: Step, context: Any) -> StepReport:
+        """Ranges of all planned weights, each scale by itself."""
+        for group in context.progress.track(step.sites, "weight ranges, MSE", len(step.sites)):
+            qparams = mse_qparams_from_tensor(work.weight(group), work.grid(group), work.granularity(group), group)
+            work.set_qparams(group, qparams)
+        return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} weight ranges")
+
+
+class MseActivations(Algorithm):
+    """Activation ranges with the smallest squared error over the calibration data.
+
+        argmin over (q_min, q_max) of ||X - X_hat||_F^2                             (16)
+
+    The data is seen once, as an exact histogram of 8,192 bins per sign that is independent of order and batching;
+    values count as their bin's centre. A tensor that left the range which the target states for it is seen again, cut
+    to that range, as the hardware cuts it.
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 3.1.
+    """
+
+    name = "mse"
+    stage = "activation_range"
+    summary = "Activation ranges with the smallest squared error over the calibration data."
+
+    def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
+        """All activation points, given calibration data."""
+        names = activation_sites(points)
+        reasons = (_DATA, *scale_reasons(points, target, names, _LEAST))
+        return needs_calibration(resources) or all_sites(names, reasons)
+
+    def apply(self, work: Any, step: Step, context: Any) -> StepReport:
+        """One pass over the data; then a search per group."""
+        seen = work.observe(step.sites, lambda group: Histogram(name=group), context, "activation ranges, MSE")
+        bounds = {group: work.bounded(group, s.min, s.max) for group, s in seen.items()}
+        beyond = [group for group, s in seen.items() if bounds[group] != (s.min, s.max)]
+        if beyond:
+            cut = work.observe(beyond, lambda group: _Cut(group, *bounds[group]), context, "activation ranges, cut")
+            seen |= {group: statistic.histogram for group, statistic in cut.items()}
+        for group in context.progress.track(step.sites, "activation ranges, search", len(step.sites)):
+            work.set_qparams(group, mse_qparams_from_histogram(seen[group], work.grid(group)))
+        figures: dict[str, dict[str, Json]] = {
+            group: {"min": float(s.min), "max": float(s.max)} for group, s in seen.items()
+        }
+        summary = f"{len(seen)} activation ranges from {context.calibration.num_samples} samples"
+        return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
+
+
+class _Cut:
+    """A histogram of values that saturate at the ends of a range."""
+
+    def __init__(self, name: str, low: Tensor, high: Tensor) -> None:
+        self.histogram = Histogram(name=name)
+        self._low, self._high = low, high
+
+    def update(self, x: Tensor) -> None:
+        """Take in one tensor."""
+        self.histogram.update(x.clamp(self._low, self._high))
+
+
+@hookimpl
+def qhw_plugin_info() -> PluginInfo:
+    return PluginInfo(api=1, summary="Ranges of weights and activations with the smallest squared error.")
+
+
+@hookimpl
+def qhw_register_algorithms() -> list[type[Algorithm]]:
+    return [MseWeights, MseActivations]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executor `onnxruntime`: runs an ONNX artefact on the CPU."""
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qhw.errors import ExportError
+from qhw.extension import Executor, PluginInfo, hookimpl
+
+__all__ = ["OnnxRuntime", "optimized_operators"]
+
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+
+class OnnxRuntime(Executor):
+    """ONNX Runtime's CPU provider on one thread, so that sums of float operators have one order."""
+
+    name = "onnxruntime"
+    summary = "ONNX Runtime on the CPU, one thread."
+
+    def available(self) -> str | None:
+        """None where onnxruntime imports."""
+        try:
+            import onnxruntime  # noqa: F401
+        except ImportError as error:
+            return f"onnxruntime cannot be imported ({error}). Run: pip install onnxruntime"
+        return None
+
+    def load(self, artefact: Path) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+        """A function from inputs by name to the list of outputs.
+
+        Raises:
+            ExportError: onnxruntime refuses the file, or later an input.
+        """
+        session = _session(artefact)
+        inputs = {value.name: value.type for value in session.get_inputs()}
+
+        def run(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+            missing = [name for name in inputs if name not in values]
+            if missing:
+                raise ExportError(f"{artefact}: input '{missing[0]}' is missing. Inputs: {', '.join(inputs)}.")
+            try:
+                found: list[np.ndarray] = session.run(
+                    None, {name: np.ascontiguousarray(values[name]) for name in inputs}
+                )
+            except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
+                raise ExportError(f"{artefact}: onnxruntime fails: {_first_line(error)}") from error
+            return found
+
+        return run
+
+    def versions(self) -> dict[str, str]:
+        """onnxruntime, and the CPU features that decide its integer arithmetic."""
+        import onnxruntime
+
+        return {"onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "cpu": " ".join(_cpu_flags())}
+
+
+def optimized_operators(artefact: Path, folder: Path) -> Counter[str]:
+    """Operator types of the graph that onnxruntime really runs, after its optimizations.
+
+    Args:
+        artefact: The model.
+        folder: Where the optimized model may be written.
+    """
+    import onnx
+
+    optimized = folder / "optimized.onnx"
+    _session(artefact, optimized)
+    return Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
+def _session(artefact: Path, optimized: Path | None = None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(str(artefact), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
+        raise ExportError(f"{artefact}: onnxruntime refuses it: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _cpu_flags() -> list[str]:
+    """The flags among those that matter; empty where the system does not tell."""
+    path = Path("/proc/cpuinfo")
+    words = set(path.read_text(encoding="utf-8", errors="replace").split()) if path.is_file() else set()
+    return [flag for flag in _FLAGS if flag in words]
+
+
+@hookimpl
+def qhw_plugin_info() -> PluginInfo:
+    return PluginInfo(api=1, summary="Run ONNX artefacts in ONNX Runtime.")
+
+
+@hookimpl
+def qhw_register_executors() -> list[type[Executor]]:
+    return [OnnxRuntime]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sites that the range and rounding plugins share: groups of weight points, groups of activation points."""
+
+from qhw.decisions import Reason, Resources, Site, Survey, Verdict
+from qhw.graph import Placement
+from qhw.schema import Scale, TargetSpec
+
+TAKEN = Verdict(taken=True)
+
+
+def weight_sites(points: Placement) -> tuple[str, ...]:
+    """Groups of weight points, in order."""
+    return tuple(dict.fromkeys(point.group for point in points.points if point.role == "weight"))
+
+
+def activation_sites(points: Placement) -> tuple[str, ...]:
+    """Groups of activation points whose qparams the hardware leaves open, in order."""
+    fixed = {point.group for point in points.points if point.fixed is not None}
+    activations = (p.group for p in points.points if p.role in ("activation", "input", "edge"))
+    return tuple(dict.fromkeys(group for group in activations if group not in fixed))
+
+
+def all_sites(names: tuple[str, ...], reasons: tuple[Reason, ...]) -> Survey:
+    """Every site is taken, for the same reasons."""
+    if not names:
+        nothing = Reason(subject="points", value=0, rule="there is no point to act on")
+        return Survey(verdict=Verdict(taken=False, reasons=(nothing,)))
+    sites = tuple(Site(name=name, verdict=TAKEN) for name in names)
+    return Survey(verdict=Verdict(taken=True, reasons=reasons), sites=sites)
+
+
+def scale_reasons(points: Placement, target: TargetSpec, names: tuple[str, ...], rule: str) -> tuple[Reason, ...]:
+    """One reason for each kind of scale that the formats of these groups have; {value} in the rule stands for it."""
+    formats = dict.fromkeys(point.format for point in points.points if point.group in names)
+    found: dict[str, Reason] = {}
+    for name in formats:
+        scale = target.formats[name].scale
+        kind = scale.kind if isinstance(scale, Scale) else "float32"
+        found.setdefault(kind, Reason(subject=f"formats.{name}.scale.kind", value=kind.replace("_", "-"), rule=rule))
+    return tuple(found.values())
+
+
+def needs_calibration(resources: Resources) -> Survey | None:
+    """The refusal of an algorithm that needs data, where there is none."""
+    if resources.calibration:
+        return None
+    reason = Reason(subject="resources.calibration", value=False, rule="needs calibration data")
+    return Survey(verdict=Verdict(taken=False, reasons=(reason,)))

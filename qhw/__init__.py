@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize a model for a described accelerator, explain why, and prove the integer result.
+
+target = qhw.load_target("onnxruntime/cpu-x86-vnni")
+plan = qhw.plan(model, target, example_inputs, calibration=loader)
+result = qhw.quantize(model, plan, calibration=loader)
+qhw.export(result, "out/")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Graph",
+    "QhwError",
+    "QuantPlan",
+    "QuantizedModel",
+    "TargetSpec",
+    "__version__",
+    "capture",
+    "evaluate",
+    "export",
+    "load",
+    "load_target",
+    "plan",
+    "quantize",
+    "save",
+]
+
+if TYPE_CHECKING:
+    from qhw.api import export, load, load_target, plan, quantize, save
+    from qhw.decisions import QuantPlan
+    from qhw.engine import QuantizedModel
+    from qhw.errors import QhwError
+    from qhw.evaluation import evaluate
+    from qhw.graph import Graph, capture
+    from qhw.schema import TargetSpec
+
+_PLACES = {
+    "Graph": "qhw.graph",
+    "QhwError": "qhw.errors",
+    "QuantPlan": "qhw.decisions",
+    "QuantizedModel": "qhw.engine",
+    "TargetSpec": "qhw.schema",
+    "capture": "qhw.graph",
+    "evaluate": "qhw.evaluation",
+    **dict.fromkeys(("export", "load", "load_target", "plan", "quantize", "save"), "qhw.api"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import qhw.schema` and the command line's help do not wait for torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'qhw' has no attribute '{name}'. It has: {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_PLACES[name]), name)

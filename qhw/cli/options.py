@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and options that several commands share."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qhw.errors import PlanError
+
+__all__ = [
+    "AsJson",
+    "CalibrationOption",
+    "Formats",
+    "KeepFloat",
+    "ModelArgument",
+    "Pipeline",
+    "Prefer",
+    "TargetOption",
+    "Without",
+    "wishes",
+]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="module:callable that returns (nn.Module, example inputs), or a result folder.",
+    ),
+]
+TargetOption = Annotated[
+    str, typer.Option("--target", "-t", help="A target's name (qhw target list), or a path to a .toml file.")
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="DATA",
+        help="Samples: an .npz file with one array per input, or module:callable that yields batches.",
+    ),
+]
+Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Another pipeline than the default one.")]
+Prefer = Annotated[list[str] | None, typer.Option("--prefer", help="Algorithm to put first at its stage. Repeatable.")]
+Without = Annotated[list[str] | None, typer.Option("--without", help="Algorithm to leave out. Repeatable.")]
+KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option("--keep-float", metavar="NAME", help="Operator or pattern that stays in float. Repeatable."),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", metavar="POINT=FORMAT", help="Format of a point, or of a pattern's. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+
+
+def wishes(
+    pipeline: str | None,
+    prefer: list[str] | None,
+    without: list[str] | None,
+    keep_float: list[str] | None,
+    formats: list[str] | None,
+) -> dict[str, Any]:
+    """The overrides, as `qhw.plan` takes them."""
+    pairs = {}
+    for text in formats or []:
+        point, separator, name = text.rpartition("=")
+        if not separator or not point or not name:
+            raise PlanError(f"--format: must be POINT=FORMAT, as 'fc1.weight=w4'; got '{text}'.")
+        pairs[point] = name
+    return {
+        "pipeline": pipeline,
+        "prefer": tuple(prefer or ()),
+        "without": tuple(without or ()),
+        "keep_float": tuple(keep_float or ()),
+        "formats": pairs,
+    }

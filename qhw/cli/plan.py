@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qhw plan`: what would be done to a model for a target, and why."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qhw.cli.options import (
+    AsJson,
+    CalibrationOption,
+    Formats,
+    KeepFloat,
+    ModelArgument,
+    Pipeline,
+    Prefer,
+    TargetOption,
+    Without,
+    wishes,
+)
+
+if TYPE_CHECKING:
+    from qhw.decisions import QuantPlan
+
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan as JSON, to edit and replay.")]
+
+
+def plan(
+    model: ModelArgument,
+    target: TargetOption,
+    calibration: CalibrationOption = None,
+    out: OutOption = None,
+    pipeline: Pipeline = None,
+    prefer: Prefer = None,
+    without: Without = None,
+    keep_float: KeepFloat = None,
+    formats: Formats = None,
+    as_json: AsJson = False,
+) -> None:
+    """Explain how a model would be quantized for a target: algorithms taken and refused, formats, what is unknown.
+
+    Example: qhw plan examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
+    """
+    import qhw
+    from qhw.cli.show_plan import show_plan
+    from qhw.cli.sources import load_data, load_model
+
+    spec = qhw.load_target(target)
+    graph = load_model(model)
+    data = None if calibration is None else load_data(calibration)
+    asked = wishes(pipeline, prefer, without, keep_float, formats)
+    made: QuantPlan = qhw.plan(graph, spec, calibration=data, **asked)
+    if out is not None:
+        _write(out, made.to_json())
+    if as_json:
+        print(made.to_json(), end="")
+    else:
+        show_plan(made, spec, model)
+
+
+def _write(path: Path, text: str) -> None:
+    from qhw.errors import ResultError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be written: {error.strerror}. Choose another --out.") from error

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qhw quantize`: apply a plan, measure, and write the result folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qhw.cli.options import (
+    AsJson,
+    CalibrationOption,
+    Formats,
+    KeepFloat,
+    ModelArgument,
+    Pipeline,
+    Prefer,
+    TargetOption,
+    Without,
+    wishes,
+)
+
+if TYPE_CHECKING:
+    from qhw.decisions import QuantPlan
+    from qhw.engine import QuantizedModel, Score
+    from qhw.graph import Graph
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; an earlier result is replaced.")]
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option("--evaluate", "-e", metavar="DATA", help="Labelled samples: .npz with 'labels', or callable."),
+]
+MetricOption = Annotated[
+    str | None, typer.Option("--metric", help="module:callable of (outputs, labels) -> number. Absent: top-1.")
+]
+PlanOption = Annotated[
+    Path | None, typer.Option("--plan", help="Replay this plan (qhw plan --out) instead of a new one.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="For algorithms that draw random numbers.")]
+
+
+def quantize(
+    model: ModelArgument,
+    target: TargetOption,
+    out: OutOption,
+    calibration: CalibrationOption = None,
+    evaluate: EvaluateOption = None,
+    metric: MetricOption = None,
+    plan: PlanOption = None,
+    seed: SeedOption = 0,
+    pipeline: Pipeline = None,
+    prefer: Prefer = None,
+    without: Without = None,
+    keep_float: KeepFloat = None,
+    formats: Formats = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model for a target and write the result folder: plan, tensors, artefact, scores.
+
+    Example: qhw quantize examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
+    --evaluate examples.digits:evaluation --out out/p4
+    """
+    import qhw
+    from qhw.cli.sources import load_callable, load_data, load_model
+    from qhw.errors import CalibrationError
+
+    spec = qhw.load_target(target)
+    graph = load_model(model)
+    data = None if calibration is None else load_data(calibration)
+    labelled = None if evaluate is None else load_data(evaluate)
+    score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
+    asked = wishes(pipeline, prefer, without, keep_float, formats)
+    made = _read_plan(plan, asked) if plan else qhw.plan(graph, spec, calibration=data, **asked)
+    result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed)
+    scores: list[Score] = []
+
+    def measure(artefact: Path) -> Any:
+        if labelled is not None:
+            scores.extend(qhw.evaluate(graph, result, labelled, artefact=artefact, metric=score))
+        return [asdict(score) for score in scores]
+
+    qhw.save(result, out, evaluate_artefact=measure)
+    _report(graph, result, out, scores, as_json)
+
+
+def _read_plan(path: Path, asked: dict[str, Any]) -> "QuantPlan":
+    from qhw.decisions import QuantPlan
+    from qhw.errors import PlanError
+
+    given = [name for name, value in asked.items() if value]
+    if given:
+        raise PlanError(f"--plan: the plan decides '{given[0]}' already. Edit the plan, or leave --plan out.")
+    try:
+        return QuantPlan.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read: {error}. Write it with 'qhw plan --out'.") from error
+
+
+def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[Score]", as_json: bool) -> None:
+    from qhw.cli.console import print_json, print_table
+    from qhw.cli.words import bytes_words, count_words
+    from qhw.engine import float_bytes, quantized_bytes
+
+    made = result.plan
+    before, after = float_bytes(graph), quantized_bytes(result)
+    share = 100 * made.accelerator_macs / made.total_macs if made.total_macs else 0.0
+    if as_json:
+        facts = {
+            "target": made.target,
+            "out": str(out),
+            "steps": [step.model_dump(mode="json") for step in result.steps],
+            "scores": [asdict(score) for score in scores],
+            "float_bytes": before,
+            "quantized_bytes": after,
+            "accelerator_macs": made.accelerator_macs,
+            "total_macs": made.total_macs,
+        }
+        print_json(facts)
+        return
+    for step in result.steps:
+        print(f"{step.stage:<18}{step.algorithm:<22}{step.summary}")
+    if scores:
+        print()
+        rows = []
+        for score in scores:
+            same = score.agreement
+            words = "" if same is None else f"{100 * same.share:.2f} % ({100 * same.low:.2f} to {100 * same.high:.2f})"
+            rows.append((score.subject, f"{score.value:.2f}", words, str(score.samples)))
+        print_table(("model", scores[0].metric, "agrees with float (95 %)", "samples"), rows)
+    print()
+    print(
+        f"{bytes_words(before)} -> {bytes_words(after)}; {share:.1f} % of {count_words(made.total_macs)} MACs on chip"
+    )
+    print(f"Result in {out}")
+    print(f"Next: the artefact is in {out / 'artefacts'}; every decision and its reason in {out / 'plan.json'}")

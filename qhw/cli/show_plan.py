@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan as a colleague would explain it."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from qhw.cli.console import heading, paragraph
+from qhw.cli.words import accumulator_words, count_words, format_words
+from qhw.decisions import QuantPlan
+from qhw.graph import QuantPoint
+from qhw.schema import TargetSpec
+
+__all__ = ["show_plan"]
+
+
+def show_plan(plan: QuantPlan, target: TargetSpec, model: str) -> None:
+    """Print a plan: what runs where, in which formats, which algorithms and why, what was refused, what is unknown."""
+    data = "calibration data" if plan.resources.calibration else "no data"
+    labels = ", with labels" if plan.resources.labels else ""
+    heading(f"{plan.target} · {model} · pipeline {plan.pipeline} · {data}{labels}")
+    print()
+    _show_placement(plan, target)
+    print()
+    heading(f"{'Stage':<18}{'Algorithm':<22}Why")
+    for step in plan.steps:
+        paragraph(f"{step.stage:<18}{step.algorithm}", f"{step.verdict.sentence()}; {_sites(len(step.sites))}", left=40)
+    if plan.refused:
+        print()
+        heading("Refused")
+        for refusal in plan.refused:
+            paragraph(refusal.algorithm, refusal.verdict.sentence(), left=24, indent=2)
+    _show_hints(plan, target)
+    if plan.notes:
+        print()
+        heading("Not known of this target")
+        for note in plan.notes:
+            paragraph(note.subject, note.rule.replace("{value}", str(note.value)), left=34, indent=2)
+
+
+def _sites(number: int) -> str:
+    return f"{number} site{'s' if number != 1 else ''}"
+
+
+def _show_placement(plan: QuantPlan, target: TargetSpec) -> None:
+    total, on_chip = plan.total_macs, plan.accelerator_macs
+    share = f"{100 * on_chip / total:.1f} % of {count_words(total)} MACs" if total else "no multiply-accumulates"
+    paragraph("On the accelerator", share)
+    hosted = [op for op in plan.operators if op.where == "host"]
+    for text, number in Counter(f"{op.kind}: {op.reason} ({op.subject})" for op in hosted).items():
+        names = [op.name for op in hosted if f"{op.kind}: {op.reason} ({op.subject})" == text]
+        listed = ", ".join(names[:3]) + (f" and {number - 3} more" if number > 3 else "")
+        paragraph("  on the host", f"{text}: {listed}")
+    weights = [point for point in plan.points if point.role == "weight"]
+    activations = [point for point in plan.points if point.role in ("activation", "input", "edge")]
+    biases = [point for point in plan.points if point.role == "bias"]
+    for label, points in (("Weights", weights), ("Activations", activations)):
+        for name, number in _counted(points):
+            paragraph(label, f"{format_words(target.formats[name])}   formats.{name}, {number} points")
+            label = ""
+    for name, number in _counted(biases):
+        rule = target.biases[name]
+        width = "float" if rule.bits == "float" else f"{rule.bits} bits"
+        paragraph("Biases", f"{width}, scale {rule.scale or 'not stated'}   biases.{name}, {number} points")
+    edges = [point for point in plan.points if point.role == "edge"]
+    if edges:
+        paragraph("Requantized", f"{len(edges)} operands take another format than their tensor has")
+    kernels = dict.fromkeys(op.kernel for op in plan.operators if op.kernel is not None and op.macs)
+    for accumulator in dict.fromkeys(target.kernels[str(kernel)].accumulator for kernel in kernels):
+        where = "" if accumulator in (None, "unknown") else f"   accumulators.{accumulator}"
+        paragraph("Accumulator", f"{accumulator_words(target, accumulator)}{where}")
+
+
+def _counted(points: Iterable[QuantPoint]) -> list[tuple[str, int]]:
+    return list(Counter(point.format for point in points).items())
+
+
+def _show_hints(plan: QuantPlan, target: TargetSpec) -> None:
+    """What would change the plan."""
+    hints = []
+    if not plan.resources.calibration:
+        hints.append("calibration data (--calibration)")
+    others: dict[str, list[str]] = {}
+    for point in plan.points:
+        for kernel in target.operators[_row(plan, point, target)].kernels or () if point.role == "weight" else ():
+            listed = target.kernels[kernel].weight if kernel != "unknown" else ()
+            for name in listed if isinstance(listed, tuple) else ():
+                if name != point.format and target.formats[name].is_plannable and name not in others:
+                    others[name] = [f"--format '*.weight={name}' ({format_words(target.formats[name])})"]
+    hints += [text for texts in others.values() for text in texts]
+    if hints:
+        print()
+        paragraph("Would change the plan", "; ".join(hints), left=24)
+
+
+def _row(plan: QuantPlan, point: QuantPoint, target: TargetSpec) -> str:
+    """The target's row that an operator runs under: `operators.Conv.kernels` -> Conv."""
+    placement = next(op for op in plan.operators if op.name == point.operator)
+    kind = placement.subject.split(".")[1]
+    return kind if kind in target.operators else placement.kind

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats, accumulators and sizes in a few words."""
+
+from qhw.schema import Format, TargetSpec
+from qhw.schema import Scale as ScaleSpec
+
+__all__ = ["accumulator_words", "bytes_words", "count_words", "format_words"]
+
+
+def format_words(spec: Format) -> str:
+    """As `int8 [-127, 127] symmetric, per out_channel, power-of-two scale`."""
+    if spec.quant_min is None or spec.quant_max is None:
+        return f"{spec.kind} (grid not known)"
+    bits = spec.element_bits or 0
+    signed = spec.quant_min < 0
+    full = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    codes = "" if (spec.quant_min, spec.quant_max) == full else f" [{spec.quant_min}, {spec.quant_max}]"
+    symmetry = "symmetric" if isinstance(spec.zero_point, int) else "asymmetric"
+    words = [f"{'int' if signed else 'uint'}{bits}{codes} {symmetry}"]
+    if spec.per is not None:
+        words.append(f"per {spec.per.replace('_', ' ')}")
+    if isinstance(spec.scale, ScaleSpec) and spec.scale.kind not in ("float32", "unknown"):
+        words.append(f"{spec.scale.kind.replace('_', '-')} scale")
+    return ", ".join(words)
+
+
+def accumulator_words(target: TargetSpec, name: str | None) -> str:
+    """As `32 bits, wrap`; `unknown` where nobody says."""
+    if name is None or name == "unknown":
+        return "not stated" if name is None else "unknown"
+    spec = target.accumulators[name]
+    bits = f"{spec.bits} bits" if isinstance(spec.bits, int) else str(spec.bits or "not stated")
+    return f"{bits}, {spec.overflow}" if spec.overflow not in (None, "unknown") else bits
+
+
+def count_words(number: int) -> str:
+    """As `1.21 M`."""
+    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.2f} {unit}"
+    return str(number)
+
+
+def bytes_words(number: int) -> str:
+    """As `212 KB` (1 KB = 1,000 bytes)."""
+    return f"{number / 1e6:.2f} MB" if number >= 1e6 else f"{number / 1e3:.1f} KB"

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales of integer biases: input scale times weight scale, so that a bias adds onto the accumulator as it is."""
+
+import torch
+from torch import Tensor
+
+from qhw.engine.work import Work
+from qhw.errors import PlanError, RangeError
+from qhw.graph import QuantPoint
+from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams
+from qhw.numerics.grid import SMALLEST_SCALE
+from qhw.schema import Bias
+
+__all__ = ["bias_qparams"]
+
+
+def bias_qparams(work: Work) -> dict[str, QParams]:
+    """QParams of every bias point, once inputs and weights have theirs.
+
+        scale = float32(input scale * weight scale), zero point 0      (Nagel et al. 2021, section 2.1)
+
+    A bias scale of its own is the finest that covers the bias. A bias that would leave its width is refused.
+
+    Returns:
+        Group -> QParams with scale [] or [out_channels].
+
+    Raises:
+        PlanError: a bias does not fit its width, or its weight has a scale per group of inputs.
+        RangeError: a bias holds NaN or infinite values; names the parameter.
+    """
+    found: dict[str, QParams] = {}
+    for point in work.plan.points:
+        if point.role == "bias":
+            found[point.group] = _qparams(work, point, work.target.biases[point.format])
+    return found
+
+
+def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
+    bits = int(rule.bits) if isinstance(rule.bits, int) else 32
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    bias = work.graph.tensor(point.tensor).detach().double()
+    if not bool(torch.isfinite(bias).all()):
+        raise RangeError(
+            f"{point.tensor}: biases hold NaN or infinite values. Repair the checkpoint before quantizing."
+        )
+    if rule.scale == "own":
+        scale = (bias.abs().max() / high).clamp(min=SMALLEST_SCALE).float()
+        return QParams(scale, torch.zeros((), dtype=torch.int32), low, high, PerTensor())
+    scale = work.qparams[_input_group(work, point.operator)].scale * _weight_scale(work, point, len(bias))
+    scale = scale.clamp(min=SMALLEST_SCALE)
+    worst = float((bias / scale.double()).abs().max()) if bias.numel() else 0.0
+    if worst > high:
+        raise PlanError(
+            f"{point.name}: needs {int(worst).bit_length() + 1} bits at scale input*weight; biases.{point.format} has "
+            f"{bits}. Keep '{point.operator}' in float with --keep-float, or choose a coarser weight format."
+        )
+    granularity = PerAxis(0) if scale.dim() else PerTensor()
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), low, high, granularity)
+
+
+def _weight_scale(work: Work, point: QuantPoint, out_channels: int) -> Tensor:
+    """Scale of the weights behind each output channel: [] or [out_channels]."""
+    weight = next(p for p in work.plan.points if p.role == "weight" and point.operator in p.consumers)
+    weights = work.qparams[weight.group]
+    if isinstance(weights.granularity, PerGroup):
+        raise PlanError(
+            f"{point.name}: weights have a scale per group of inputs, so an integer bias has no scale "
+            f"(biases.{point.format}). Keep the bias in float, or choose another weight format."
+        )
+    if not weights.scale.dim():
+        return weights.scale
+    # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
+    return weights.scale.repeat(out_channels // len(weights.scale))
+
+
+def _input_group(work: Work, operator: str) -> str:
+    """The group of the tensor that an operator multiplies with its weights."""
+    for point in work.plan.points:
+        if point.role == "edge" and point.operator == operator and point.name.endswith(".input.0"):
+            return point.group
+    for point in work.plan.points:
+        if point.role in ("activation", "input") and operator in point.consumers:
+            return point.group
+    raise PlanError(f"{operator}: its input is not quantized, so its bias has no scale. Plan again.")

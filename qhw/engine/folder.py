@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result folder: written once, whole or not at all; read back without running code."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensors_as_bytes
+from torch import Tensor
+
+from qhw import __version__
+from qhw.decisions import QuantPlan, StepReport
+from qhw.engine.result import QuantizedModel
+from qhw.engine.select import target_fingerprint
+from qhw.errors import QhwError, ResultError
+from qhw.graph import graph_from_json, graph_to_json
+from qhw.numerics import QParams
+from qhw.schema import load_target_file, to_json
+
+__all__ = ["is_result_folder", "load_result", "save_result", "written_files"]
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_FILES = ("target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json")
+
+
+def save_result(result: QuantizedModel, folder: Path, write_more: Callable[[Path], Any] | None = None) -> Path:
+    """Write a result folder.
+
+    Args:
+        result: The quantized model.
+        folder: Where. A result folder that stands there is replaced; any other content is left alone and refused.
+        write_more: Called with the unfinished folder, to add `artefacts/` and the like.
+
+    Raises:
+        ResultError: the place is taken or cannot be written.
+    """
+    with _written_whole(folder) as inside:
+        graph = result.float_graph
+        tensors, headers = _tensors(result)
+        _write(inside / "target.json", to_json(result.target).encode())
+        _write(inside / "plan.json", result.plan.to_json().encode())
+        _write(inside / "graph.json", graph_to_json(graph).encode())
+        _write(inside / "tensors.safetensors", tensors_as_bytes(tensors))
+        reports = [report.model_dump(mode="json") for report in result.steps]
+        _write(inside / "steps.json", _json({"steps": reports, "encodings": headers}))
+        if write_more is not None:
+            write_more(inside)
+        _write(inside / MANIFEST, _json(_manifest(result, inside)))
+    return folder
+
+
+def load_result(folder: Path) -> QuantizedModel:
+    """Read a result folder.
+
+    Raises:
+        ResultError: it is no result folder, a file is missing or was changed, or does not fit the others.
+    """
+    manifest = _read_manifest(folder)
+    for name in _FILES:
+        _check_hash(folder / name, manifest["files"].get(name))
+    try:
+        return _read_result(folder, manifest.get("provenance", {}))
+    except ResultError:
+        raise
+    except QhwError as error:  # of the target, the plan, the graph or the scales; says which file
+        raise ResultError(f"{folder}: cannot be read: {error}") from error
+    # What json, pydantic and torch raise on data that no writer of ours made.
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = (str(error).strip() or "damaged").splitlines()[0][:200]
+        raise ResultError(f"{folder}: cannot be read: {type(error).__name__}: {what}. Quantize again.") from error
+
+
+def _read_result(folder: Path, provenance: Any) -> QuantizedModel:
+    target = load_target_file(folder / "target.json")
+    plan = QuantPlan.from_json(_text(folder / "plan.json"), where=str(folder / "plan.json"))
+    if target_fingerprint(target) != plan.target_fingerprint:
+        raise ResultError(f"{folder}: target.json and plan.json do not belong together. Quantize again.")
+    steps = json.loads(_text(folder / "steps.json"))
+    tensors = _load_tensors(folder / "tensors.safetensors")
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("qparams/")}
+    graph = graph_from_json(_text(folder / "graph.json"), own, where=str(folder / "graph.json"))
+    qparams = {
+        group: QParams.from_dict(_group_tensors(tensors, group), header) for group, header in steps["encodings"].items()
+    }
+    reports = tuple(StepReport.model_validate_json(json.dumps(report)) for report in steps["steps"])
+    return QuantizedModel(graph, plan, target, qparams, reports, provenance)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside the wanted one, moved into place when the block ends well, removed when it does not."""
+    try:
+        _check_place(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        inside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Choose another --out.") from error
+    try:
+        yield inside
+        _move(inside, folder)
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+@contextmanager
+def written_files(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside the wanted one; when the block ends well, its files replace those of the same name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Choose another folder.") from error
+    try:
+        yield inside
+        for file in sorted(path for path in inside.rglob("*") if path.is_file()):
+            place = folder / file.relative_to(inside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    except OSError as error:
+        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse a place where something of the user's would be overwritten."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ResultError(f"{folder}: is a file or a link, not a folder. Choose another --out.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_result_folder(folder):
+        raise ResultError(f"{folder}: holds other files, and they are not overwritten. Choose another --out.")
+    try:
+        ours = _read_manifest(folder)["files"]
+    except ResultError as error:
+        raise ResultError(
+            f"{folder}: holds a result that is damaged or of another version, and it is not overwritten. "
+            "Remove it, or choose another --out."
+        ) from error
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in (*ours, MANIFEST) and not name.startswith("artefacts/"):
+            raise ResultError(
+                f"{folder}: holds '{name}', which is no part of the result, and it is not overwritten. "
+                "Move it, or choose another --out."
+            )
+
+
+def _move(inside: Path, folder: Path) -> None:
+    """Swap the finished folder in; what stood there is removed only once the new one is in place."""
+    inside.chmod(0o755)
+    if folder.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+        folder.replace(old / "was")
+        try:
+            inside.replace(folder)
+        except OSError:
+            (old / "was").replace(folder)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        inside.replace(folder)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _tensors(result: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by name, shared ones once, and the encodings' plain fields by group."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    module = result.float_graph.module
+    everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in everything:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            # A clone: tensors that are views of one storage are refused by safetensors.
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    headers: dict[str, Any] = {}
+    for group, qparams in result.encodings().items():
+        parts, headers[group] = qparams.as_dict()
+        tensors.update({f"qparams/{group}/{field}": t.contiguous() for field, t in parts.items()})
+    return dict(sorted(tensors.items())), headers
+
+
+def _group_tensors(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    prefix = f"qparams/{group}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _manifest(result: QuantizedModel, inside: Path) -> dict[str, Any]:
+    files = [path for path in sorted(inside.rglob("*")) if path.is_file()]
+    return {
+        "format_version": FORMAT_VERSION,
+        "qhw": __version__,
+        "target": result.target.name,
+        "model_fingerprint": result.plan.model_fingerprint,
+        "provenance": result.provenance,
+        "files": {path.relative_to(inside).as_posix(): _sha256(path) for path in files},
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise ResultError(f"{folder}: is no result folder (no {MANIFEST}). Give the folder that 'qhw quantize' wrote.")
+    try:
+        manifest = json.loads(_text(folder / MANIFEST))
+        version = manifest["format_version"]
+        files = manifest["files"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ResultError(f"{folder / MANIFEST}: is damaged. Quantize again, or restore the file.") from error
+    if version != FORMAT_VERSION or not isinstance(files, dict):
+        raise ResultError(f"{folder / MANIFEST}: format_version must be {FORMAT_VERSION}; got {version!r}.")
+    return dict(manifest)
+
+
+def _check_hash(path: Path, wanted: str | None) -> None:
+    if not path.is_file():
+        raise ResultError(f"{path}: is missing. Quantize again, or restore the file.")
+    if _sha256(path) != wanted:
+        raise ResultError(f"{path}: was changed since it was written (SHA-256 differs). Quantize again, or restore it.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path}: cannot be read: {error}. Quantize again, or restore the file.") from error
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_tensors(path.read_bytes()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ResultError(f"{path}: holds no tensors: {error}. Quantize again, or restore the file.") from error
+
+
+def is_result_folder(path: Path) -> bool:
+    """Whether a folder holds a result."""
+    return (path / MANIFEST).is_file()

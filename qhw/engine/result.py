@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantized model: an ordinary nn.Module that knows its plan, target and encodings."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qhw.decisions import QuantPlan, StepReport
+from qhw.engine.insert import insert_modules
+from qhw.errors import ResultError
+from qhw.graph import Graph, QuantPoint
+from qhw.numerics import FakeQuantizer, QParams, quantize
+from qhw.schema import TargetSpec
+
+__all__ = ["QuantizedModel"]
+
+
+class QuantizedModel(nn.Module):
+    """A model with quantizers at every point of its plan: it computes as the target rounds, in floating point.
+
+    It trains, saves, deep-copies and compiles like any module. Inputs and outputs are the original model's, as flat
+    tensors in the order of `input_names`.
+
+    Args:
+        graph: The graph after all steps; copied.
+        plan: The decisions.
+        target: The resolved target.
+        qparams: Group of points -> its scale and zero point; all groups of the plan.
+        steps: What each step reported.
+        provenance: Facts for the manifest.
+
+    Attributes:
+        plan: The decisions.
+        target: The resolved target.
+        steps: What each step reported.
+        provenance: Facts for the manifest: data digest, seed, versions.
+
+    Raises:
+        ResultError: a group has no qparams.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: QuantPlan,
+        target: TargetSpec,
+        qparams: Mapping[str, QParams],
+        steps: tuple[StepReport, ...] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.target = target
+        self.steps = steps
+        self.provenance = dict(provenance or {})
+        missing = [point.group for point in plan.points if point.group not in qparams]
+        if missing:
+            raise ResultError(f"result: no scale for '{missing[0]}'. Quantize again.")
+        simulated = graph.copy()
+        self._float_form = _twin(simulated)
+        self._paths = insert_modules(
+            simulated,
+            plan.points,
+            lambda point: FakeQuantizer(qparams[point.group], name=point.name),
+        )
+        self.module = simulated.module
+        self.module.train(False)
+        self.training = False
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return tuple(self._float_form.inputs)
+
+    @property
+    def float_graph(self) -> Graph:
+        """The graph without quantizers, in the state after all steps; exporters read its operators.
+
+        It holds this module's own tensors, not copies, so it follows training. Copy it before changing it.
+        """
+        for path, submodule in self._float_form.module.named_modules(remove_duplicate=False):
+            own = self.module.get_submodule(path)
+            submodule._parameters.update(own._parameters)
+            submodule._buffers.update(own._buffers)
+        return self._float_form
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        """The simulated output.
+
+        Args:
+            inputs: In the order of `input_names`.
+            named: Or by name.
+
+        Raises:
+            ResultError: an input is missing, given twice, or not one of the model's.
+        """
+        if named or len(inputs) != len(self.input_names):
+            rest = self.input_names[len(inputs) :]
+            if set(named) != set(rest) or len(inputs) > len(self.input_names):
+                got = ", ".join([*(f"input {i}" for i in range(len(inputs))), *named]) or "none"
+                raise ResultError(f"result: the model takes {', '.join(self.input_names)}; got {got}. Pass each once.")
+            inputs = (*inputs, *(named[name] for name in rest))
+        return self.module(*inputs)
+
+    def quantizer(self, name: str) -> FakeQuantizer:
+        """The quantizer of a point or group.
+
+        Raises:
+            ResultError: no such point.
+        """
+        group = next((point.group for point in self.plan.points if name in (point.name, point.group)), None)
+        if group is None:
+            known = ", ".join(point.name for point in self.plan.points)
+            raise ResultError(f"result: no quantizer at '{name}'. Points: {known}")
+        return cast(FakeQuantizer, self.module.get_submodule(self._paths[group]))
+
+    def encodings(self) -> dict[str, QParams]:
+        """Group -> scale, zero point and code bounds, as they are now."""
+        return {group: self.quantizer(group).qparams for group in self.groups()}
+
+    def groups(self) -> tuple[str, ...]:
+        """All groups of points, in order of first use."""
+        return tuple(dict.fromkeys(point.group for point in self.plan.points))
+
+    def codes(self, point: QuantPoint) -> Tensor:
+        """Integer codes of a weight or bias point, in the smallest dtype that holds them."""
+        value = self.float_graph.tensor(point.tensor).detach()
+        return quantize(value, self.quantizer(point.group).qparams, name=point.name)
+
+    def set_enabled(self, enabled: bool, points: Iterable[str] | None = None) -> None:
+        """Switch quantizers on or off: all, or those of the named points. Off, the float passes through."""
+        for name in self.groups() if points is None else points:
+            self.quantizer(name).enabled = enabled
+
+
+def _twin(graph: Graph) -> Graph:
+    """A copy of a graph that holds the same tensors: weights are kept once."""
+    tensors = (*graph.module.parameters(), *graph.module.buffers())
+    return Graph(copy.deepcopy(graph.module, {id(tensor): tensor for tensor in tensors}), graph.batch)
+
+
+def flat_outputs(output: Any) -> list[Tensor]:
+    """All tensors of an output, in order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

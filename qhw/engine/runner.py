@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applying a plan: a working copy goes through its steps, in order, seeded, with progress shown."""
+
+import logging
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qhw.decisions import QuantPlan, Step, StepReport
+from qhw.engine.bias import bias_qparams
+from qhw.engine.blame import blaming, must_be
+from qhw.engine.calibration import Calibration
+from qhw.engine.progress import Progress, RichProgress, SilentProgress
+from qhw.engine.replay import check_plan, options_of
+from qhw.engine.result import QuantizedModel
+from qhw.engine.work import Context, Work
+from qhw.errors import PlanError, RangeError
+from qhw.extension import Registry
+from qhw.graph import Graph
+from qhw.numerics import PerTensor, QParams
+from qhw.schema import TargetSpec
+
+__all__ = ["run"]
+
+_log = logging.getLogger("qhw")
+
+
+def run(
+    graph: Graph,
+    target: TargetSpec,
+    plan: QuantPlan,
+    registry: Registry,
+    calibration: Calibration | None,
+    *,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> QuantizedModel:
+    """Apply a plan to a model.
+
+    Args:
+        graph: The captured model; left as it is.
+        target: The target the plan was made for.
+        plan: The decisions.
+        registry: Where the plan's algorithms are found.
+        calibration: Data for the steps that need it.
+        progress: Where progress is shown.
+        seed: For algorithms that draw random numbers.
+
+    Returns:
+        QuantizedModel: in eval mode.
+
+    Raises:
+        PlanError: the plan belongs to another model or target, was edited in a way that is not legal, or leaves a point
+            without a range.
+        PluginError: an algorithm raised, or returned no report.
+        RangeError: a parameter holds NaN or infinite values; names it.
+        CalibrationError: the data does not fit the model.
+    """
+    plan = check_plan(plan, graph, target, registry)
+    _check_finite(graph)
+    progress = progress or SilentProgress()
+    work = Work(graph.copy(), target, plan)
+    context = Context(calibration, progress, seed)
+    _set_fixed(work)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            reports = tuple(_apply(step, work, context, registry) for step in plan.steps)
+    finally:
+        if isinstance(progress, RichProgress):
+            progress.stop()
+    _check_folded(work)
+    _check_complete(work)
+    work.qparams.update(bias_qparams(work))
+    result = QuantizedModel(work.graph, plan, target, work.qparams, reports, _provenance(calibration, seed))
+    registry.quantized(result, plan, reports)
+    return result
+
+
+def _apply(step: Step, work: Work, context: Context, registry: Registry) -> StepReport:
+    entry = registry.algorithms[step.algorithm]
+    options = options_of(step, entry.value.Options, f"plan: step '{step.algorithm}'")
+    doing = f"algorithm '{entry.name}': apply"
+    with blaming(entry.record, doing):
+        answer = entry.value(options).apply(work, step, context)
+    report = must_be(answer, StepReport, entry.record, doing)
+    _log.info("%s: %s", step.algorithm, report.summary)
+    return report
+
+
+def _check_finite(graph: Graph) -> None:
+    """Refuse broken weights by name, before they show as broken activations far behind. Buffers may be masks of inf."""
+    norms = [operator for operator in graph.operators if operator.kind == "BatchNormalization"]
+    statistics = [f"{n.attributes['module']}.{field}" for n in norms for field in ("running_mean", "running_var")]
+    for name, tensor in graph.module.state_dict().items():
+        is_checked = isinstance(graph.tensor(name), nn.Parameter) or name in statistics
+        if is_checked and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RangeError(f"{name}: holds NaN or infinite values. Repair the checkpoint before quantizing.")
+
+
+def _set_fixed(work: Work) -> None:
+    for point in work.plan.points:
+        if point.fixed is not None:
+            grid = work.grid(point.group)
+            work.qparams[point.group] = QParams(
+                torch.tensor(point.fixed.scale, dtype=torch.float32),
+                torch.tensor(point.fixed.zero_point, dtype=torch.int32),
+                grid.quant_min,
+                grid.quant_max,
+                PerTensor(),
+            )
+
+
+def _check_folded(work: Work) -> None:
+    left = {operator.name for operator in work.graph.operators}
+    for placement in work.plan.operators:
+        if placement.where == "folded" and placement.name in left:
+            raise PlanError(
+                f"{placement.name}: the plan counts on it being folded, and no step folded it. "
+                "Put that step back, or plan again with --without."
+            )
+
+
+def _check_complete(work: Work) -> None:
+    for point in work.plan.points:
+        if point.role != "bias" and point.group not in work.qparams:
+            raise PlanError(f"{point.name}: no step of the plan gave it a range. Add a range step, or plan again.")
+
+
+def _provenance(calibration: Calibration | None, seed: int) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if calibration is not None and calibration.digest is not None:
+        facts["calibration_sha256"] = calibration.digest
+        facts["calibration_samples"] = calibration.num_samples
+    return facts

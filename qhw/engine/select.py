@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selecting algorithms: a pure function of graph, target, resources, registered algorithms and the user's overrides."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qhw.decisions import (
+    STAGES,
+    InputShape,
+    Overrides,
+    Pipeline,
+    QuantPlan,
+    Reason,
+    Refusal,
+    Resources,
+    Site,
+    Stage,
+    Step,
+    Survey,
+    Verdict,
+)
+from qhw.engine.blame import blaming, must_be
+from qhw.engine.notes import open_facts
+from qhw.errors import PlanError, PluginError
+from qhw.extension import Algorithm, Registry
+from qhw.extension.registry import Entry
+from qhw.graph import Graph, Placement, place
+from qhw.schema import TargetSpec, to_json
+
+__all__ = ["select", "target_fingerprint"]
+
+T = TypeVar("T")
+
+_NEEDED: Mapping[str, tuple[Stage, str]] = {
+    "weight": ("weight_range", "weights"),
+    "activation": ("activation_range", "activations"),
+    "input": ("activation_range", "activations"),
+    "edge": ("activation_range", "activations"),
+}
+
+
+def select(
+    graph: Graph,
+    target: TargetSpec,
+    registry: Registry,
+    resources: Resources,
+    overrides: Overrides | None = None,
+) -> QuantPlan:
+    """Decide which algorithms run where, and say why.
+
+    Args:
+        graph: The captured model.
+        target: The resolved target.
+        registry: What the plugins bring.
+        resources: What is at hand.
+        overrides: What the user asked for.
+
+    Raises:
+        PlanError: a point is left without a range, a name is unknown, or the target cannot run the model.
+    """
+    overrides = overrides or Overrides()
+    pipeline = (
+        _known(registry.pipeline, overrides.pipeline, "--pipeline")
+        if overrides.pipeline
+        else registry.default_pipeline()
+    )
+    order = _Order(registry, pipeline, overrides)
+    chosen = _Chosen()
+    # What the host may run counts once the first steps have folded what they can: batch norms, before all.
+    lenient = target.model_copy(update={"fallback": "host"})
+    first = place(graph, lenient, keep_float=overrides.keep_float)
+    absorbed = _run_stage("prepare", order, graph, first, target, resources, chosen)
+    placement = place(graph, target, absorbed=absorbed, keep_float=overrides.keep_float, formats=overrides.formats)
+    for stage in STAGES[1:]:
+        _run_stage(stage, order, graph, placement, target, resources, chosen)
+    _require_ranges(target, placement, chosen)
+    return QuantPlan(
+        target=target.name,
+        target_fingerprint=target_fingerprint(target),
+        model_fingerprint=graph.fingerprint(),
+        inputs=tuple(
+            InputShape(name=name, shape=shape, dtype=graph.input_dtypes[name]) for name, shape in graph.inputs.items()
+        ),
+        pipeline=pipeline.name,
+        resources=resources,
+        overrides=overrides,
+        operators=placement.operators,
+        points=placement.points,
+        steps=tuple(chosen.steps),
+        refused=tuple(chosen.refused),
+        notes=open_facts(target, placement),
+    )
+
+
+def target_fingerprint(target: TargetSpec) -> str:
+    """SHA-256 of a resolved target's JSON form."""
+    return hashlib.sha256(to_json(target).encode()).hexdigest()
+
+
+class _Chosen:
+    """Steps and refusals as they accumulate."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.refused: list[Refusal] = []
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    entry: Entry[type[Algorithm]]
+    refusal: Reason | None = None
+
+
+class _Order:
+    """Per stage, the algorithms in order of preference: the pipeline's, strangers' ranks, the user's wishes."""
+
+    def __init__(self, registry: Registry, pipeline: Pipeline, overrides: Overrides) -> None:
+        for option, names in (("--prefer", overrides.prefer), ("--without", overrides.without)):
+            for name in names:
+                _known(registry.algorithm, name, option)
+        both = sorted(set(overrides.prefer) & set(overrides.without))
+        if both:
+            raise PlanError(f"plan: '{both[0]}' is both preferred and left out. Drop one of --prefer and --without.")
+        for preference in pipeline.stages:
+            for name in preference.algorithms:
+                stage = _known(registry.algorithm, name, f"pipeline '{pipeline.name}': stage {preference.stage}").stage
+                if stage != preference.stage:
+                    raise PlanError(
+                        f"pipeline '{pipeline.name}': stage {preference.stage}: '{name}' belongs to stage {stage}. "
+                        "Choose another --pipeline; its author must move the name."
+                    )
+        self._registry = registry
+        self._pipeline = pipeline
+        self._overrides = overrides
+        self._stages = {preference.stage: preference for preference in pipeline.stages}
+
+    def mode(self, stage: Stage) -> str:
+        """`first` or `all`."""
+        return self._stages[stage].mode if stage in self._stages else "first"
+
+    def candidates(self, stage: Stage) -> list[_Candidate]:
+        """All registered algorithms of a stage, most preferred first; those that may not run carry the reason."""
+        known = {name: entry for name, entry in self._registry.algorithms.items() if entry.value.stage == stage}
+        listed = _with_strangers(
+            list(self._stages[stage].algorithms) if stage in self._stages else [],
+            {
+                name: rank.before
+                for name, entry in sorted(known.items())
+                for rank in entry.value.ranks
+                if rank.pipeline == self._pipeline.name
+            },
+        )
+        preferred = [name for name in dict.fromkeys(self._overrides.prefer) if name in known]
+        listed = [*preferred, *(name for name in listed if name not in preferred)]
+        rest = [name for name in sorted(known) if name not in listed]
+        return [self._candidate(known[name], name in rest) for name in (*listed, *rest)]
+
+    def _candidate(self, entry: Entry[type[Algorithm]], unlisted: bool) -> _Candidate:
+        refusal = None
+        if entry.name in self._overrides.without:
+            refusal = Reason(subject="--without", value=entry.name, rule="left out by request")
+        elif unlisted:
+            refusal = Reason(
+                subject=f"pipeline {self._pipeline.name}",
+                value=entry.name,
+                rule=f"not part of this pipeline; --prefer {entry.name} takes it in",
+            )
+        return _Candidate(entry, refusal)
+
+
+def _known(look_up: Callable[[str], T], name: str, where: str) -> T:
+    try:
+        return look_up(name)
+    except PluginError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _with_strangers(listed: list[str], ranked: dict[str, str | None]) -> list[str]:
+    """A stage's order with the algorithms that ask for a place in it: before the one they name, else last."""
+    waiting = {name: before for name, before in ranked.items() if name not in listed}
+    while waiting:
+        # One whose neighbour waits for a place itself comes after that one; two that wait for each other, by name.
+        name = next((name for name, before in waiting.items() if before not in waiting), next(iter(waiting)))
+        before = waiting.pop(name)
+        listed.insert(listed.index(before) if before in listed else len(listed), name)
+    return listed
+
+
+def _run_stage(
+    stage: Stage,
+    order: _Order,
+    graph: Graph,
+    placement: Placement,
+    target: TargetSpec,
+    resources: Resources,
+    chosen: _Chosen,
+) -> list[str]:
+    """Survey a stage's algorithms in order and give each its sites; returns the operators that its steps absorb."""
+    taken_by: dict[str, str] = {}
+    absorbed: list[str] = []
+    for candidate in order.candidates(stage):
+        name = candidate.entry.name
+        if candidate.refusal is not None:
+            chosen.refused.append(_refusal(stage, name, candidate.refusal))
+            continue
+        survey = _survey(candidate.entry, graph, placement, target, resources)
+        free = [site for site in survey.taken if order.mode(stage) == "all" or site.name not in taken_by]
+        if not free:
+            chosen.refused.append(Refusal(stage=stage, algorithm=name, verdict=_why_not(survey, taken_by)))
+            continue
+        taken_by.update({site.name: name for site in free})
+        absorbed.extend(operator for site in free for operator in site.absorbs)
+        chosen.steps.append(
+            Step(
+                stage=stage,
+                algorithm=name,
+                sites=tuple(site.name for site in free),
+                verdict=_step_verdict(survey, free),
+            )
+        )
+    return absorbed
+
+
+def _survey(
+    entry: Entry[type[Algorithm]], graph: Graph, placement: Placement, target: TargetSpec, resources: Resources
+) -> Survey:
+    doing = f"algorithm '{entry.name}': survey"
+    with blaming(entry.record, doing):
+        answer = entry.value().survey(graph, placement, target, resources)
+    survey = must_be(answer, Survey, entry.record, doing)
+    operators = {operator.name for operator in graph.operators}
+    strange = [name for site in survey.taken for name in site.absorbs if name not in operators]
+    if strange:
+        raise entry.record.author_error(f"{doing} absorbs '{strange[0]}', which is no operator of the graph.")
+    return survey
+
+
+def _refusal(stage: Stage, name: str, reason: Reason) -> Refusal:
+    return Refusal(stage=stage, algorithm=name, verdict=Verdict(taken=False, reasons=(reason,)))
+
+
+def _why_not(survey: Survey, taken_by: Mapping[str, str]) -> Verdict:
+    """Why no site is left: its own verdict, its sites' verdicts, or that others came first."""
+    if survey.taken:
+        first = sorted({taken_by[site.name] for site in survey.taken})
+        reason = Reason(
+            subject="pipeline order", value=list(first), rule="its sites went to {value}, which comes first"
+        )
+        return Verdict(taken=False, reasons=(reason,))
+    own = () if survey.verdict.taken else survey.verdict.reasons
+    reasons = _distinct((*own, *(reason for site in survey.sites for reason in site.verdict.reasons)))
+    if not reasons:
+        reasons = (Reason(subject="graph", value=0, rule="there is no site to act on"),)
+    return Verdict(taken=False, reasons=reasons)
+
+
+def _step_verdict(survey: Survey, sites: list[Site]) -> Verdict:
+    """Why the step runs, and why it leaves out the sites that its algorithm refused."""
+    left = [site for site in survey.sites if not site.verdict.taken]
+    return Verdict(
+        taken=True,
+        reasons=_distinct((*survey.verdict.reasons, *(r for s in [*sites, *left] for r in s.verdict.reasons))),
+    )
+
+
+def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
+    found: dict[str, Reason] = {}
+    for reason in reasons:
+        found.setdefault(reason.model_dump_json(), reason)
+    return tuple(found.values())
+
+
+def _require_ranges(target: TargetSpec, placement: Placement, chosen: _Chosen) -> None:
+    """Every point gets its scale from some step, from the hardware, or the plan is refused with what was tried."""
+    covered = {(step.stage, site) for step in chosen.steps for site in step.sites}
+    fixed = {point.group for point in placement.points if point.fixed is not None}
+    for point in placement.points:
+        if point.role not in _NEEDED or point.group in fixed:
+            continue
+        stage, what = _NEEDED[point.role]
+        if (stage, point.group) in covered:
+            continue
+        tried = "; ".join(f"{r.algorithm}: {r.verdict.sentence()}" for r in chosen.refused if r.stage == stage)
+        spec = target.formats[point.format]
+        raise PlanError(
+            f"{point.name}: no algorithm fits target '{target.name}' for its {what} "
+            f"({spec.element_bits}-bit, per {spec.per}). {tried or 'None is registered'}. {_way_out(stage, chosen)}"
+        )
+
+
+def _way_out(stage: Stage, chosen: _Chosen) -> str:
+    needs_data = any(
+        reason.subject == "resources.calibration"
+        for refusal in chosen.refused
+        if refusal.stage == stage
+        for reason in refusal.verdict.reasons
+    )
+    return "Pass calibration=." if needs_data else "Choose another pipeline, or install a plugin that has one."

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runner's working copy: the graph and the qparams that algorithms may change, and nothing else."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qhw.decisions import QuantPlan
+from qhw.engine.calibration import MICRO_BATCH, Calibration
+from qhw.engine.grids import granularity_of, grid_of
+from qhw.engine.insert import insert_modules
+from qhw.engine.progress import Progress
+from qhw.errors import CalibrationError, PlanError, RangeError
+from qhw.graph import Graph, QuantPoint
+from qhw.numerics import Granularity, Grid, QParams, fake_quantize, legal_scale
+from qhw.schema import TargetSpec
+
+__all__ = ["Context", "Statistic", "Work"]
+
+
+class Statistic(Protocol):
+    """What an algorithm collects of a tensor: exact, and independent of order (`qhw.numerics.MinMax`, `Histogram`)."""
+
+    def update(self, x: Tensor) -> None:
+        """Add a micro-batch of values."""
+        ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Context:
+    """What a step works with: data, progress, seed."""
+
+    def __init__(self, calibration: Calibration | None, progress: Progress, seed: int) -> None:
+        self._calibration = calibration
+        self.progress = progress
+        self.seed = seed
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration data.
+
+        Raises:
+            PlanError: none was given.
+        """
+        if self._calibration is None:
+            raise PlanError("plan: a step needs calibration data, and none was given. Pass calibration=.")
+        return self._calibration
+
+
+class Work:
+    """A model while it is being quantized.
+
+    Attributes:
+        graph: The working copy of the model.
+        target: The accelerator.
+        plan: What is to be done.
+        qparams: Group of points -> QParams found so far.
+    """
+
+    def __init__(self, graph: Graph, target: TargetSpec, plan: QuantPlan) -> None:
+        self.graph = graph
+        self.target = target
+        self.plan = plan
+        self.qparams: dict[str, QParams] = {}
+        self._points = {point.name: point for point in plan.points}
+        self._groups: dict[str, list[QuantPoint]] = {}
+        for point in plan.points:
+            self._groups.setdefault(point.group, []).append(point)
+
+    def group(self, name: str) -> tuple[QuantPoint, ...]:
+        """The points that share one scale and zero point."""
+        if name not in self._groups:
+            raise PlanError(f"plan: no point or group '{name}'. Points: {', '.join(self._points)}")
+        return tuple(self._groups[name])
+
+    def grid(self, group: str) -> Grid:
+        """What the group's format allows."""
+        return grid_of(self.target, self.group(group)[0].format)
+
+    def granularity(self, group: str) -> Granularity:
+        """Which elements of the group's tensors share a scale."""
+        point = self.group(group)[0]
+        return granularity_of(self.target.formats[point.format], point)
+
+    def weight(self, group: str) -> Tensor:
+        """The float weight behind a weight point.
+
+        Raises:
+            RangeError: it holds NaN or infinite values; names the parameter.
+        """
+        name = self.group(group)[0].tensor
+        value = self.graph.tensor(name).detach()
+        if not bool(torch.isfinite(value).all()):
+            raise RangeError(f"{name}: weights hold NaN or infinite values. Repair the checkpoint before quantizing.")
+        return value
+
+    def bounded(self, group: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """A range cut to the real bounds that the graph and the target state for the group's tensors.
+
+        A group of several tensors is cut to what any of them can reach.
+        """
+        minima = [point.minimum for point in self.group(group)]
+        maxima = [point.maximum for point in self.group(group)]
+        known_minima, known_maxima = [m for m in minima if m is not None], [m for m in maxima if m is not None]
+        if len(known_minima) == len(minima):
+            low, high = low.clamp(min=min(known_minima)), high.clamp(min=min(known_minima))
+        if len(known_maxima) == len(maxima):
+            low, high = low.clamp(max=max(known_maxima)), high.clamp(max=max(known_maxima))
+        return low, high
+
+    def set_qparams(self, group: str, qparams: QParams) -> None:
+        """Fix the scale and zero point of a group.
+
+        Raises:
+            PlanError: they do not lie on the grid of the group's format.
+        """
+        grid, granularity = self.grid(group), self.granularity(group)
+        where = f"{group} (formats.{self.group(group)[0].format})"
+        if (qparams.quant_min, qparams.quant_max) != (grid.quant_min, grid.quant_max):
+            raise PlanError(
+                f"{where}: codes must be [{grid.quant_min}, {grid.quant_max}]; got [{qparams.quant_min}, "
+                f"{qparams.quant_max}]. Plugin author: build QParams from work.grid(group)."
+            )
+        if qparams.granularity != granularity:
+            raise PlanError(
+                f"{where}: must have {granularity}; got {qparams.granularity}. "
+                "Plugin author: build QParams with work.granularity(group)."
+            )
+        if not torch.equal(legal_scale(qparams.scale.double(), grid, "nearest"), qparams.scale):
+            raise PlanError(
+                f"{where}: scale is not one that the format can hold. "
+                "Plugin author: take scales from qhw.numerics.legal_scale or scale_candidates."
+            )
+        wrong = [zero for zero in qparams.zero_point.flatten().tolist() if zero not in grid.zero_points]
+        if grid.zero_points and wrong:
+            raise PlanError(
+                f"{where}: zero_point must be {' or '.join(map(str, grid.zero_points))}; got {wrong[0]}. "
+                "Plugin author: take zero points from work.grid(group)."
+            )
+        if self.group(group)[0].role == "weight":
+            qparams.check_fits(tuple(self.graph.tensor(self.group(group)[0].tensor).shape), group)
+        self.qparams[group] = qparams
+
+    def observe(
+        self, groups: Iterable[str], make: Callable[[str], S], context: Context, label: str = "calibration"
+    ) -> dict[str, S]:
+        """Run the calibration data once through the model, weights quantized as far as they are, and collect.
+
+        Activations are float: each range is that of the tensor itself, not of the ranges chosen before it.
+
+        Args:
+            groups: Groups of activation points.
+            make: Empty statistic for a group.
+            context: Data and progress.
+            label: What the progress bar says.
+
+        Returns:
+            Group -> filled statistic.
+        """
+        wanted = list(groups)
+        statistics = {group: make(group) for group in wanted}
+        points = [point for group in wanted for point in self.group(group)]
+        observed = self.graph.copy()
+        for group, qparams in self.qparams.items():
+            first = self.group(group)[0]
+            if first.role == "weight":
+                observed.set_tensor(first.tensor, fake_quantize(observed.tensor(first.tensor).detach(), qparams))
+        insert_modules(observed, points, lambda point: _Tap(statistics[point.group]))
+        calibration = context.calibration
+        total = None if calibration.num_samples is None else -(-calibration.num_samples // MICRO_BATCH)
+        with torch.inference_mode():
+            for batch in context.progress.track(calibration, label, total):
+                self._run(observed, batch)
+        return statistics
+
+    def _run(self, observed: Graph, batch: tuple[Tensor, ...]) -> None:
+        try:
+            observed.module(*batch)
+        except RuntimeError as error:  # torch, on a shape that the graph was not captured for
+            what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise CalibrationError(
+                f"calibration: the model fails on {len(batch[0])} samples at once: {what}. "
+                "Let axis 0 be free when it is captured (dynamic_batch=True)."
+            ) from error
+
+
+class _Tap(nn.Module):
+    """Lets a tensor through and shows it to a statistic."""
+
+    def __init__(self, statistic: Statistic) -> None:
+        super().__init__()
+        self._statistic = statistic
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._statistic.update(x)
+        return x

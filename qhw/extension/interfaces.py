@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a plugin's classes look like: algorithm, exporter, executor. Each docstring is the recipe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey
+
+if TYPE_CHECKING:
+    from qhw.graph import Graph, Placement
+    from qhw.schema import TargetSpec
+
+API_VERSION = 1
+
+
+class PluginInfo(BaseModel):
+    """What a plugin says about itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    api: int = Field(description="The plugin API it was written for; this qhw speaks 1.")
+    summary: str = Field(min_length=1, pattern=r"^[^\r\n]*$", description="One line for 'qhw plugin list'.")
+
+
+class AlgorithmOptions(BaseModel):
+    """The base of every `Options`: frozen, strict, closed to unknown names.
+
+    Every field needs a default, since pipelines call algorithms by name alone, and a description, since the command
+    line shows it. Read it back from a plan with `model_validate_json`, so that JSON lists become tuples.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Algorithm(ABC):
+    """One step that chooses or improves qparams, weights or the graph.
+
+    Recipe: one file, one class.
+
+    1. `name` (as on the command line: `[a-z][a-z0-9_]*`), `stage` (one of `qhw.decisions.STAGES`) and `summary` (one
+       line).
+    2. `Options`, when there is something to set; annotate `options: Options` in the class to have it typed.
+    3. `ranks`, to stand inside a pipeline that somebody else ships; a pipeline that names you needs none.
+    4. `survey` decides, from its arguments alone, where the algorithm would act and why; it changes nothing.
+    5. `apply` does what the step says, on the runner's working copy alone, and returns what it did.
+    6. Hand the class to qhw from `qhw_register_algorithms`.
+
+    Nothing is kept on `self` but `options`: one object may serve several models.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    summary: ClassVar[str]
+    Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
+    ranks: ClassVar[tuple[Rank, ...]] = ()
+
+    options: AlgorithmOptions
+
+    def __init__(self, options: AlgorithmOptions | None = None) -> None:
+        """Store the options; absent, all defaults."""
+        self.options = self.Options() if options is None else options
+
+    @abstractmethod
+    def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
+        """Where this algorithm would act, and the facts that decide it. Pure.
+
+        Args:
+            graph: The captured model, in the state of the stages before this one.
+            points: Its quantization points and operator placements.
+            target: The resolved target.
+            resources: What the caller gave: calibration data, labels.
+
+        Returns:
+            Survey: a verdict on the algorithm as a whole, and a site with its verdict for each place. Each reason
+            is (field path or graph fact, value, rule), so that a changed fact changes the verdict.
+        """
+
+    @abstractmethod
+    def apply(self, work: Any, step: Step, context: Any) -> StepReport:
+        """Do the step on the working copy.
+
+        Args:
+            work: The runner's working copy, the only thing that may be changed: its graph, and qparams by point.
+            step: The sites to act on, as the plan says.
+            context: What to work with: target, calibration stream, seed, progress.
+
+        Returns:
+            StepReport: what was done, site by site, as plain figures. Equal inputs give equal reports.
+        """
+
+
+class Exporter(ABC):
+    """Writes a result in a form that a toolchain takes.
+
+    Recipe: one file, one class; `name` is what a target's file names as its exporter, `summary` one line, `Options`
+    what may be set. `check` says what the form cannot hold before anything is written; `export` writes. Hand the
+    class to qhw from `qhw_register_exporters`. `portable = True` when the artefact may stand in for a target that
+    names no exporter.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
+    portable: ClassVar[bool] = False
+    executor: ClassVar[str | None] = None
+
+    options: AlgorithmOptions
+
+    def __init__(self, options: AlgorithmOptions | None = None) -> None:
+        """Store the options; absent, all defaults."""
+        self.options = self.Options() if options is None else options
+
+    @abstractmethod
+    def check(self, result: Any) -> tuple[str, ...]:
+        """What this form cannot say about the result, one line each with what to do; empty when all is well."""
+
+    @abstractmethod
+    def export(self, result: Any, folder: Path) -> tuple[Path, ...]:
+        """Write the artefact.
+
+        Args:
+            result: A quantized model with its graph, plan and qparams. Not changed.
+            folder: An existing, empty folder, moved into place by the caller once all is written.
+
+        Returns:
+            tuple[Path, ...]: the files written, the artefact itself first.
+
+        Raises:
+            ExportError: the form cannot hold the result.
+        """
+
+
+class Executor(ABC):
+    """Runs an artefact in a runtime.
+
+    Recipe: one file, one class; import the runtime inside the methods, never at the top, so that the plugin loads
+    where the runtime is missing. Hand the class to qhw from `qhw_register_executors`. The constructor takes nothing.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def available(self) -> str | None:
+        """None when the runtime can be used here, else the reason in one line with what to install."""
+
+    @abstractmethod
+    def load(self, artefact: Path) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+        """A function from inputs by name to the list of outputs, in the model's order.
+
+        Raises:
+            ExportError: the runtime refuses the artefact.
+        """
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Name and version of everything that decides the figures: the runtime, its libraries, CPU features used."""

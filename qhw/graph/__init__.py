@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is: capture, operator kinds, quantization points, and the safe saved form."""
+
+from qhw.graph.capture import capture
+from qhw.graph.graph import Graph
+from qhw.graph.inputs import ExampleInputs
+from qhw.graph.kinds import ATEN_KINDS, KNOWN_KINDS, MOVEMENT_KINDS, VIEW_KINDS
+from qhw.graph.operator import Operator
+from qhw.graph.placement import Placement, place
+from qhw.graph.points import FixedEncoding, OperatorPlacement, QuantPoint
+from qhw.graph.saving import graph_from_json, graph_to_json
+
+__all__ = [
+    "ATEN_KINDS",
+    "KNOWN_KINDS",
+    "MOVEMENT_KINDS",
+    "VIEW_KINDS",
+    "ExampleInputs",
+    "FixedEncoding",
+    "Graph",
+    "Operator",
+    "OperatorPlacement",
+    "Placement",
+    "QuantPoint",
+    "capture",
+    "graph_from_json",
+    "graph_to_json",
+    "place",
+]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Placing quantization points: the paper's rules (sections 2.6 to 2.8) under the target's kernels.
+
+A weight point before the operator, an activation point after the fused chain, none where the host runs. A model input
+or host tensor gets a point where the accelerator reads it. Tensors that the target wants on one scale share a group.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from qhw.errors import PlanError
+from qhw.graph.build_points import PointBuilder
+from qhw.graph.cells import Cells, find_cells
+from qhw.graph.graph import Graph
+from qhw.graph.kinds import VIEW_KINDS
+from qhw.graph.points import OperatorPlacement, QuantPoint
+from qhw.graph.propagate import Demands, choose_formats
+from qhw.graph.slots import Choice
+from qhw.schema import TargetSpec
+
+__all__ = ["Placement", "place"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All points of a model on a target, and who runs each operator."""
+
+    operators: tuple[OperatorPlacement, ...]
+    points: tuple[QuantPoint, ...]
+
+    def operator(self, name: str) -> OperatorPlacement:
+        """The placement of one operator."""
+        return next(operator for operator in self.operators if operator.name == name)
+
+
+def place(
+    graph: Graph,
+    target: TargetSpec,
+    *,
+    absorbed: Collection[str] = (),
+    keep_float: Collection[str] = (),
+    formats: Mapping[str, str] | None = None,
+) -> Placement:
+    """Place every quantization point of a model on a target.
+
+    Args:
+        graph: The captured model.
+        target: The accelerator.
+        absorbed: Operators that planned steps fold into the one before them (batch norms).
+        keep_float: Operator names or patterns that stay on the host.
+        formats: Point name or pattern -> format id demanded there.
+
+    Raises:
+        PlanError: a name matches nothing, a demand cannot be met, or the target refuses host operators and the model
+            has some.
+    """
+    names = [operator.name for operator in graph.operators]
+    kept = {name for pattern in keep_float for name in _matching(pattern, names, "--keep-float", "operator")}
+    found = find_cells(graph, target, absorbed, kept)
+    _check_fallback(target, found)
+    demands = _demands(found, target, formats or {})
+    choice = choose_formats(target, found.cells, _float_outputs(graph, target, found), demands)
+    points = tuple(PointBuilder(graph, target, found, choice).points())
+    _check_met(points, demands)
+    operators = tuple(_with_kernel(found.placements[name], choice) for name in names)
+    return Placement(operators, points)
+
+
+def _matching(pattern: str, names: list[str], where: str, what: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        closest = get_close_matches(pattern, names, n=3, cutoff=0.4)
+        hint = f" Closest: {', '.join(closest)}." if closest else ""
+        raise PlanError(f"{where}: no {what} matches '{pattern}'.{hint}")
+    return found
+
+
+def _check_fallback(target: TargetSpec, found: Cells) -> None:
+    if target.fallback != "refuse":
+        return
+    hosted = [p for p in found.placements.values() if p.where == "host" and p.kind not in VIEW_KINDS]
+    if hosted:
+        listed = "; ".join(f"{p.name} ({p.kind}: {p.reason}, {p.subject})" for p in hosted[:5])
+        more = f" and {len(hosted) - 5} more" if len(hosted) > 5 else ""
+        raise PlanError(
+            f"'{target.name}' runs whole models only (fallback = \"refuse\"), and cannot run {listed}{more}. "
+            "Replace these operators, or choose another target."
+        )
+
+
+def _demands(found: Cells, target: TargetSpec, formats: Mapping[str, str]) -> Demands:
+    weights: dict[str, str] = {}
+    tensors: dict[str, str] = {}
+    weight_names = [cell.operator.weight for cell in found.cells if cell.operator.weight]
+    tensor_by_point = {cell.operator.name: cell.output for cell in found.cells}
+    written = set(tensor_by_point.values())
+    tensor_by_point |= {name: name for cell in found.cells for name in cell.inputs if name not in written}
+    for pattern, wanted in formats.items():
+        if wanted not in target.formats:
+            closest = get_close_matches(wanted, list(target.formats), n=1, cutoff=0.0)
+            raise PlanError(
+                f"--format {pattern}={wanted}: '{target.name}' has no format '{wanted}'. "
+                f"Formats: {', '.join(target.formats)}.{f' Closest: {closest[0]}.' if closest else ''}"
+            )
+        for name in _matching(pattern, [*weight_names, *tensor_by_point], "--format", "point"):
+            if name in tensor_by_point:
+                tensors[tensor_by_point[name]] = wanted
+            else:
+                weights[name] = wanted
+    return Demands(weights, tensors)
+
+
+def _check_met(points: tuple[QuantPoint, ...], demands: Demands) -> None:
+    chosen = {point.tensor: point for point in points if point.role != "edge"}
+    for name, wanted in {**demands.weights, **demands.tensors}.items():
+        point = chosen.get(name)
+        if point is None or point.format != wanted:
+            got = "is not quantized" if point is None else f"can only be {', '.join(point.legal)}"
+            raise PlanError(f"--format: {name} cannot be '{wanted}' beside the other choices: it {got}.")
+
+
+def _float_outputs(graph: Graph, target: TargetSpec, found: Cells) -> frozenset[str]:
+    """Tensors that leave the accelerator in float: graph outputs that no cell reads, where the target says so."""
+    if target.boundary is None or target.boundary.outputs != "float":
+        return frozenset()
+    read = {name for cell in found.cells for name in cell.inputs}
+    return frozenset(found.tensor_of[name] for name in graph.output_values if found.tensor_of[name] not in read)
+
+
+def _with_kernel(placement: OperatorPlacement, choice: Choice) -> OperatorPlacement:
+    kernels = choice.kernels.get(placement.name, ())
+    return placement.model_copy(update={"kernel": kernels[0], "legal": kernels}) if kernels else placement

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kernel per operator and one format per tensor, so that every kernel gets and gives what it can.
+
+Arc consistency over the cells: a tensor keeps the formats that its writer can write and its readers can read; a cell
+keeps the kernels that its tensors allow. Where nothing would be left, one operand of that cell is requantized: it gets
+a slot of its own, and all starts again with that operand apart. There are finitely many operands, so it ends. Then
+formats are fixed in execution order, the most preferred first.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qhw.errors import PlanError
+from qhw.graph.cells import Cell
+from qhw.graph.slots import Choice, Slot, edge, tensor, weight
+from qhw.graph.ties import clashing_operand, scale_groups, tied_slots
+from qhw.schema import TargetSpec
+
+__all__ = ["Demands", "choose_formats"]
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What the user demands: format ids by parameter name and by tensor name."""
+
+    weights: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+
+class _Stuck(Exception):
+    """No kernel is left for a cell, or no format for a slot that it touches."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell.operator.name)
+        self.cell = cell
+
+
+def choose_formats(
+    target: TargetSpec, cells: Sequence[Cell], float_tensors: frozenset[str], demands: Demands
+) -> Choice:
+    """Choose one kernel per cell and one format per quantized tensor.
+
+    Args:
+        target: The accelerator.
+        cells: In execution order.
+        float_tensors: Tensors that leave the accelerator in float; they get no format.
+        demands: Formats that the user wants.
+
+    Raises:
+        PlanError: a demand cannot be met, or operators that share a weight cannot hold it in one format.
+    """
+    edges: list[Slot] = []
+    while True:
+        search = _Search(target, cells, float_tensors, demands, frozenset(edges))
+        found = search.solve()
+        if isinstance(found, Choice):
+            break
+        edges.append(found if isinstance(found, Slot) else search.operand_to_part(found.cell))
+    inputs = {edge(cell.operator.name, i): tensor(name) for cell in cells for i, name in enumerate(cell.inputs)}
+    for operand in tuple(edges):  # an operand that was parted before the one that mattered can come back
+        if found.formats[operand][0] != found.formats.get(inputs[operand], ("",))[0]:
+            continue
+        fewer = [slot for slot in edges if slot != operand]
+        without = _Search(target, cells, float_tensors, demands, frozenset(fewer)).solve()
+        if isinstance(without, Choice):
+            edges, found = fewer, without
+    return found
+
+
+def _first(chosen: str, legal: Iterable[str]) -> tuple[str, ...]:
+    return (chosen, *(name for name in legal if name != chosen))
+
+
+class _Search:
+    """One round, with a given set of operands apart."""
+
+    def __init__(
+        self,
+        target: TargetSpec,
+        cells: Sequence[Cell],
+        float_tensors: frozenset[str],
+        demands: Demands,
+        edges: frozenset[Slot],
+    ) -> None:
+        self._target = target
+        self._cells = cells
+        self._float = float_tensors
+        self._demands = demands
+        self._edges = edges
+        self._writers = {cell.output: cell for cell in cells}
+        self.kernels: dict[str, list[str]] = {cell.operator.name: list(cell.kernels) for cell in cells if cell.kernels}
+        self._touching: dict[Slot, list[Cell]] = {}
+        for cell in cells:
+            for slot in self._slots(cell):
+                self._touching.setdefault(slot, []).append(cell)
+        self.formats: dict[Slot, list[str]] = {slot: self._start(slot) for slot in self._touching}
+
+    def solve(self) -> "Choice | Slot | _Stuck":
+        """The choice; else the operand that must be requantized, or the cell where nothing is left."""
+        try:
+            self._propagate(list(self._cells))
+            kernels, formats = dict(self.kernels), dict(self.formats)
+            self._fix()
+        except _Stuck as stuck:
+            return stuck
+        operand = clashing_operand(self._cells, self.formats, self._edges)
+        return operand or Choice(
+            {name: _first(self.kernels[name][0], kernels[name]) for name in kernels},
+            {slot: _first(self.formats[slot][0], formats[slot]) for slot in formats},
+            self._edges,
+            scale_groups(self._cells, self.formats, self._edges),
+        )
+
+    def _fix(self) -> None:
+        """Decide every slot, then every kernel, in execution order: the first format that leaves the rest possible.
+
+        Raises:
+            _Stuck: none does.
+        """
+        for slot in self.formats:
+            legal = self.formats[slot]
+            for name in legal if len(legal) > 1 else ():
+                kernels, formats = dict(self.kernels), dict(self.formats)
+                self.formats[slot] = [name]
+                try:
+                    self._propagate(self._touching[slot])
+                    break
+                except _Stuck:
+                    if name == legal[-1]:
+                        raise
+                    self.kernels, self.formats = kernels, formats
+        for cell in self._cells:
+            if cell.kernels:
+                self.kernels[cell.operator.name] = self.kernels[cell.operator.name][:1]
+
+    def operand_to_part(self, cell: Cell) -> Slot:
+        """The operand of a stuck cell that is to be requantized: the first that frees it, else the first at all.
+
+        Raises:
+            PlanError: none is left; the weight or the result is what disagrees.
+        """
+        slots = [edge(cell.operator.name, index) for index in range(len(cell.inputs))]
+        apart = [slot for slot in slots if slot not in self._edges]
+        if not apart:
+            raise self._unsolvable(cell)
+        freeing = [slot for slot in apart if self._frees(cell, slot.operand)]
+        return (freeing or apart)[0]
+
+    def _frees(self, cell: Cell, index: int) -> bool:
+        return any(
+            all(self._agrees(cell, kernel, i) for i in range(len(cell.inputs)) if i != index)
+            and self._writes(cell, kernel)
+            for kernel in cell.kernels
+        )
+
+    def _operands(self, cell: Cell) -> list[Slot]:
+        places = [edge(cell.operator.name, index) for index in range(len(cell.inputs))]
+        return [p if p in self._edges else tensor(name) for p, name in zip(places, cell.inputs, strict=True)]
+
+    def _slots(self, cell: Cell) -> list[Slot]:
+        slots = self._operands(cell)
+        if cell.operator.weight is not None and cell.kernels:
+            slots.append(weight(cell.operator.weight))
+        if cell.output not in self._float:
+            slots.append(tensor(cell.output))
+        return list(dict.fromkeys(slots))
+
+    def _start(self, slot: Slot) -> list[str]:
+        """All formats that a slot may have before its neighbours are asked, preferred first."""
+        touching = self._touching[slot]
+        if slot.what == "weight":
+            return self._start_weight(slot.name, touching)
+        writer = self._writers.get(slot.name) if slot.what == "tensor" else None
+        if writer is not None and writer.kernels:
+            options = _union(writer.output_formats(kernel) for kernel in writer.kernels)
+        else:
+            reads = [(c, i) for c in touching for i, operand in enumerate(self._operands(c)) if operand == slot]
+            options = _union(c.operand_formats(kernel, i) for c, i in reads for kernel in c.kernels)
+            if not all(c.kernels for c, _ in reads) or writer is not None:
+                options = _union([options, _union(c.activation_formats() for c in self._cells)])
+        wanted = self._demands.tensors.get(slot.name) if slot.what == "tensor" else None
+        if wanted is None:
+            return options
+        if wanted not in options:
+            raise PlanError(f"{slot.name}: cannot be in '{wanted}' on this target. Legal here: {', '.join(options)}.")
+        return [wanted]
+
+    def _start_weight(self, name: str, touching: Sequence[Cell]) -> list[str]:
+        options = _union(cell.weight_formats(kernel) for cell in touching for kernel in cell.kernels)
+        if len({cell.operator.weight_axis for cell in touching}) > 1:  # their scales would lie along different axes
+            options = [name for name in options if self._target.formats[name].per == "tensor"]
+        wanted = self._demands.weights.get(name)
+        if wanted is None:
+            return options
+        if wanted not in options:
+            kind = touching[0].operator.kind
+            raise PlanError(f"{name}: no kernel of {kind} holds weights in '{wanted}'. It holds: {', '.join(options)}.")
+        return [wanted]
+
+    def _propagate(self, queue: Iterable[Cell]) -> None:
+        waiting = {cell.operator.name: cell for cell in queue}
+        while waiting:
+            cell = waiting.pop(next(iter(waiting)))
+            for slot in self._revise(cell):
+                waiting.update({other.operator.name: other for other in self._touching[slot]})
+
+    def _revise(self, cell: Cell) -> list[Slot]:
+        """Drop kernels and formats of one cell that no longer agree; the slots that changed.
+
+        Raises:
+            _Stuck: nothing is left.
+        """
+        before = {slot: list(self.formats[slot]) for slot in self._slots(cell)}
+        if cell.kernels:
+            kept = [kernel for kernel in self.kernels[cell.operator.name] if self._allows(cell, kernel)]
+            self.kernels[cell.operator.name] = kept
+            for index, slot in enumerate(self._operands(cell)):
+                self._keep(slot, _union(cell.operand_formats(kernel, index) for kernel in kept))
+            if cell.operator.weight is not None:
+                self._keep(weight(cell.operator.weight), _union(cell.weight_formats(kernel) for kernel in kept))
+            if cell.output not in self._float:
+                self._keep(tensor(cell.output), _union(cell.output_formats(kernel) for kernel in kept))
+        for tied in tied_slots(cell, self._operands(cell), cell.output not in self._float):
+            shared = set.intersection(*(set(self.formats[slot]) for slot in tied))
+            for slot in tied:  # each keeps its own order, or two ties could reorder one slot for ever
+                self._keep(slot, shared)
+        if not all(self.formats[slot] for slot in before):
+            raise _Stuck(cell)
+        return [slot for slot, formats in before.items() if formats != self.formats[slot]]
+
+    def _keep(self, slot: Slot, allowed: Collection[str]) -> None:
+        self.formats[slot] = [name for name in self.formats[slot] if name in allowed]
+
+    def _allows(self, cell: Cell, kernel: str) -> bool:
+        return self._writes(cell, kernel) and all(self._agrees(cell, kernel, i) for i in range(len(cell.inputs)))
+
+    def _agrees(self, cell: Cell, kernel: str, index: int) -> bool:
+        return not set(cell.operand_formats(kernel, index)).isdisjoint(self.formats[self._operands(cell)[index]])
+
+    def _writes(self, cell: Cell, kernel: str) -> bool:
+        held = cell.operator.weight is None or not set(cell.weight_formats(kernel)).isdisjoint(
+            self.formats[weight(cell.operator.weight)]
+        )
+        return held and (
+            cell.output in self._float
+            or not set(cell.output_formats(kernel)).isdisjoint(self.formats[tensor(cell.output)])
+        )
+
+    def _unsolvable(self, cell: Cell) -> PlanError:
+        name = cell.operator.weight
+        sharing = self._touching.get(weight(name), []) if name is not None else []
+        if name is not None and len(sharing) > 1:
+            holds = "; ".join(
+                f"{c.operator.name} ({c.operator.kind}) takes {', '.join(_union(map(c.weight_formats, c.kernels)))}"
+                for c in sharing
+            )
+            return PlanError(
+                f"{name}: is shared and must have one format, and there is none: {holds}. "
+                "Keep one of them in float with --keep-float, or untie the weights."
+            )
+        gives = ", ".join(_union(map(cell.output_formats, cell.kernels))) or "what it reads"
+        return PlanError(
+            f"{cell.operator.name}: no kernel of {cell.operator.kind} fits the formats demanded around it. "
+            f"It gives: {gives}. Demand another --format, or keep it in float with --keep-float."
+        )
+
+
+def _union(lists: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for names in lists for name in names))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a graph read from a file computes the shapes it states. Nothing is computed: only shapes are followed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qhw.errors import CaptureError
+from qhw.graph.forms import DTYPES
+from qhw.graph.graph import Graph
+
+__all__ = ["verify_shapes"]
+
+
+def verify_shapes(graph: Graph, where: str) -> None:
+    """Follow the example shapes through a graph, so that arguments no operator takes are found before it runs.
+
+    A graph with an input that is no tensor is not followed.
+
+    Raises:
+        CaptureError: an operator refuses its arguments, or a stated shape or dtype is not what it gives.
+    """
+    inputs = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+    if any("shape" not in node.meta for node in inputs):
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        examples = [torch.empty(node.meta["shape"], dtype=DTYPES[node.meta["dtype"]]) for node in inputs]
+        _Follower(graph.module, where).run(*examples)
+
+
+class _Follower(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, where: str) -> None:
+        super().__init__(module)
+        self._where = where
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise CaptureError(
+                f"{self._where}: {n.name} cannot compute on its arguments: {reason}. "
+                "Quantize again, or restore the file."
+            ) from error
+        first = value[0] if isinstance(value, tuple | list) and value else value
+        if isinstance(first, Tensor) and n.op != "output":
+            got = (tuple(first.shape), str(first.dtype).removeprefix("torch."))
+            stated = (tuple(n.meta.get("shape", ())), n.meta.get("dtype"))
+            if got != stated:
+                raise CaptureError(
+                    f"{self._where}: {n.name} is stated as {stated[1]} {list(stated[0])} and gives {got[1]} "
+                    f"{list(got[0])}. Quantize again, or restore the file."
+                )
+        return value

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a number is: grids, qparams, quantize and its gradient, statistics and range searches, as pure functions."""
+
+from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
+from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
+from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
+from qhw.numerics.grid import Grid, legal_scale, scale_candidates
+from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
+from qhw.numerics.qparams import QParams
+from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, quantize
+from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_right
+from qhw.numerics.statistics import Histogram, MinMax
+
+__all__ = [
+    "ROUNDING_RULES",
+    "FakeQuantizer",
+    "Granularity",
+    "Grid",
+    "Histogram",
+    "MinMax",
+    "PerAxis",
+    "PerGroup",
+    "PerTensor",
+    "QParams",
+    "Rounding",
+    "accumulator_bits_needed",
+    "accumulator_bounds",
+    "affine_qparams",
+    "code_dtype",
+    "dequantize",
+    "expand",
+    "fake_quantize",
+    "legal_scale",
+    "mse_qparams_from_histogram",
+    "mse_qparams_from_tensor",
+    "parameter_shape",
+    "qparams_from_range",
+    "quantize",
+    "range_of",
+    "round_real",
+    "scale_candidates",
+    "shift_right",
+    "symmetric_qparams",
+]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Squared quantization error of many candidate scales and zero points at once, for range searches."""
+
+import torch
+from torch import Tensor
+
+from qhw.numerics.grid import Grid
+from qhw.numerics.statistics import BINS_PER_SIGN, Histogram
+
+# torch splits a sum among threads from 32,768 elements on; below, its bytes do not depend on the thread count.
+_BLOCK = 32_000
+# Bounds x candidates held at once: 512 KB of float64, so that the passes over them stay in the cache.
+_BOUNDS = 2**16
+# A grid with more codes than a quarter of the bins of one sign is finer than what bin centres can tell apart.
+_FINE_SPAN = BINS_PER_SIGN // 4
+
+
+class HistogramError:
+    """Squared error of the values in a histogram, in units of its bin width squared.
+
+    With N, S1, S2 the count, sum and sum of squares of the bins below a bound (or of all), t = scale / bin width and
+    codes k = quant_min - z ... K = quant_max - z, summing by parts over the bounds b_k = (k + 1/2) t between codes:
+
+        error = S2 - 2 t (K S1 - sum_k S1(b_k)) + t**2 (K**2 N - sum_k (2 k + 1) N(b_k))            (1)
+
+    which is exact for values at their bin's centre. A grid of more than 2,049 codes is finer than the bins: there the
+    values inside the grid count t**2 / 12 each, those of the middle bin 0, and the clipped ones by (1) with one code.
+
+    Args:
+        histogram: What was seen.
+        grid: Its code bounds.
+    """
+
+    def __init__(self, histogram: Histogram, grid: Grid) -> None:
+        self._grid = grid
+        self._bin_width = histogram.bin_width
+        self._centres = histogram.centres / histogram.bin_width
+        counts = histogram.counts.double()
+        self._n, self._s1, self._s2 = (_prefix(counts * self._centres**power) for power in (0, 1, 2))
+        self._zeros = counts[BINS_PER_SIGN - 1]
+
+    def __call__(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Error of each candidate.
+
+        Args:
+            scale: float32 [candidates, 1].
+            zero_point: int32 [candidates, 1].
+
+        Returns:
+            Tensor: float64 [candidates, 1].
+        """
+        t, z = scale.double() / self._bin_width, zero_point.double()
+        if self._grid.span > _FINE_SPAN:
+            return self._fine(t, z)
+        size = max(1, _BOUNDS // self._grid.span)
+        parts = zip(torch.split(t, size), torch.split(z, size), strict=True)
+        return torch.cat([self._exact(*part) for part in parts])
+
+    def _exact(self, t: Tensor, z: Tensor) -> Tensor:
+        k = torch.arange(self._grid.quant_min, self._grid.quant_max, dtype=torch.float64) - z
+        below = torch.searchsorted(self._centres, (k + 0.5) * t)
+        last = self._grid.quant_max - z
+        first_moment = last * self._s1[-1] - self._s1[below].sum(1, keepdim=True)
+        squares = last.square() * self._n[-1] - ((2 * k + 1) * self._n[below]).sum(1, keepdim=True)
+        return self._s2[-1] - 2 * t * first_moment + t.square() * squares
+
+    def _fine(self, t: Tensor, z: Tensor) -> Tensor:
+        low, high = (self._grid.quant_min - z) * t, (self._grid.quant_max - z) * t
+        below, above = torch.searchsorted(self._centres, low), torch.searchsorted(self._centres, high, right=True)
+        under = self._s2[below] - 2 * low * self._s1[below] + low.square() * self._n[below]
+        n, s1, s2 = (moment[-1] - moment[above] for moment in (self._n, self._s1, self._s2))
+        over = s2 - 2 * high * s1 + high.square() * n
+        inside = self._n[above] - self._n[below] - self._zeros
+        return under + over + inside * t.square() / 12
+
+
+class TensorError:
+    """Squared error of each row of a matrix, relative to the square of the row's power-of-two magnitude.
+
+    Args:
+        rows: float32 [parameters, elements], finite.
+        grid: Its code bounds.
+    """
+
+    def __init__(self, rows: Tensor, grid: Grid) -> None:
+        self._grid = grid
+        # Every row is brought to a magnitude in [0.5, 1), exactly: the square of 1e30 would overflow float32.
+        magnitude = rows.abs().amax(1, keepdim=True).double()
+        self._unit = torch.ldexp(torch.ones_like(magnitude), -torch.frexp(magnitude).exponent)
+        self._rows = (rows.double() * self._unit).float()
+
+    def __call__(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Error of each candidate for each row.
+
+        Args:
+            scale: float32 [candidates, parameters].
+            zero_point: int32 [candidates, parameters].
+
+        Returns:
+            Tensor: float64 [candidates, parameters].
+        """
+        scale = (scale.double() * self._unit[:, 0]).float()
+        total = torch.zeros(scale.shape, dtype=torch.float64, device=scale.device)
+        height = max(1, _BLOCK // self._rows.shape[1])
+        for top in range(0, len(self._rows), height):
+            band = slice(top, top + height)
+            scales, zero_points = scale[:, band, None], zero_point[:, band, None].float()
+            for block in torch.split(self._rows[band], _BLOCK, dim=1):
+                for candidate in range(len(scale)):
+                    total[candidate, band] += self._block_error(block, scales[candidate], zero_points[candidate])
+        return total
+
+    def _block_error(self, block: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        error = (block / scale).round_()
+        error.add_(zero_point).clamp_(self._grid.quant_min, self._grid.quant_max).sub_(zero_point)
+        error.mul_(scale).sub_(block)
+        return error.square_().sum(1).double()
+
+
+def _prefix(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... all values."""
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel computes between its operands and its result: bias, accumulator, requantization."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qhw.schema.base import Count, Int64, Positive, Problem, Rounding, Says, Table, Unknown, recorded, used
+
+__all__ = ["Accumulator", "Bias", "Pairwise", "Ratio", "Requantize", "Shift", "Stage"]
+
+Width = Annotated[int, Field(ge=1, le=128), Says("an integer from 1 to 128")]
+ShiftCount = Annotated[int, Field(ge=-128, le=128), Says("an integer from -128 to 128")]
+Overflow = Literal["wrap", "saturate", "exact"]
+
+
+class Bias(Table):
+    """How a bias is stored and added."""
+
+    bits: Width | Literal["float"] | Unknown | None = used('Width of one bias, or "float" where it is not quantized.')
+    signed: bool | Unknown | None = recorded("True: two's complement; every bias in the field is.")
+    scale: Literal["input*weight", "own"] | Unknown | None = used(
+        "Whether the bias is in units of input scale times weight scale, or has a scale of its own."
+    )
+    zero_point: Int64 | Unknown | None = recorded("The code of 0.0.")
+    per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of a bias scale of its own.")
+    applied: Literal["before_requantize", "after_multiplier"] | Unknown | None = recorded(
+        "Added to the accumulator, or after the multiplier of the requantization."
+    )
+    max_channels: Count | Unknown | None = recorded("Most output channels an operator with a bias may have.")
+    required: bool | Unknown | None = recorded("True: an operator without a bias gets one of zeros.")
+    storage_bits: tuple[Width, ...] | Unknown | None = recorded(
+        "Widths of the stored integers where wider than `bits`."
+    )
+    out_of_range: Literal["saturate", "wrap", "refuse", "enlarge_scale"] | Unknown | None = recorded(
+        "What the tool does with a bias that does not fit."
+    )
+    rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
+
+
+class Pairwise(Table):
+    """A narrower sum inside the accumulation, as of two products that are added before they are widened."""
+
+    bits: Width | Unknown | None = recorded("Width of the intermediate sum.")
+    overflow: Overflow | Unknown | None = recorded("What happens past its range.")
+
+
+class Accumulator(Table):
+    """The register that sums products."""
+
+    kind: Literal["integer", "float"] | Unknown | None = recorded(
+        "What is summed: integers, or floats. Absent: integers."
+    )
+    bits: Width | Literal["per_layer"] | Unknown | None = used(
+        'Width of the sum, or "per_layer" where hardware is generated with the width each layer needs.',
+        recorded_values=("per_layer",),
+    )
+    signed: bool | Unknown | None = recorded("True: two's complement; absent: signed.")
+    overflow: Overflow | Unknown | None = recorded('What happens past the range; "exact": it cannot happen.')
+    pairwise: Pairwise | Unknown | None = recorded("An intermediate sum that is narrower than the accumulator.")
+    mantissa_bits: Width | Unknown | None = recorded("Float accumulators: bits of mantissa really kept.")
+    promotion_interval: Count | Unknown | None = recorded(
+        "Products summed before the partial sum moves into a wider accumulator."
+    )
+
+
+class Shift(Table):
+    """Bounds of a right shift, inclusive; negative shifts left."""
+
+    min: ShiftCount | Unknown | None = recorded("Smallest right shift.")
+    max: ShiftCount | Unknown | None = recorded("Largest right shift.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
+            yield Problem(("min",), f"min must not exceed max; got {self.min} and {self.max}. Swap them.")
+
+
+class Ratio(Table):
+    """Bounds of a ratio of real scales, inclusive."""
+
+    min: Positive | Unknown | None = recorded("Smallest ratio.")
+    max: Positive | Unknown | None = recorded("Largest ratio.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
+            yield Problem(("min",), f"min must not exceed max; got {self.min} and {self.max}. Swap them.")
+
+
+class Stage(Table):
+    """One step of a requantization that rounds."""
+
+    operation: Literal["multiply", "shift", "activation", "add_zero_point"] | Unknown | None = recorded(
+        "What the step does."
+    )
+    rounding: Rounding | Unknown | None = recorded("How its result is rounded.")
+
+
+class Requantize(Table):
+    """From the accumulator to the output code."""
+
+    kind: Literal["float32", "fixed_point", "shift", "thresholds", "none"] | Unknown | None = recorded(
+        "By a float factor, an integer multiplier and a shift, a shift alone, comparisons with thresholds, or not."
+    )
+    rounding: Rounding | Unknown | None = recorded(
+        "Rounding of the whole step, by exact name. `double`: a rounding doubling high multiply, then a rounding "
+        "shift, ties away from zero (gemmlowp); `selectable`: a run-time register, see `selectable`."
+    )
+    selectable: tuple[Rounding, ...] | Unknown | None = recorded("The roundings a run-time register can select.")
+    stages: tuple[Stage, ...] | Unknown | None = recorded("Every step that rounds, in order, where they differ.")
+    multiplier_bits: Width | Unknown | None = recorded("Bits of the integer multiplier's significand.")
+    shift: Shift | Unknown | None = recorded("Legal right shifts.")
+    shift_per: Literal["tensor", "out_channel"] | Unknown | None = recorded(
+        "Sharing of the shift where it differs from `per`."
+    )
+    out_of_range: Literal["saturate", "wrap", "zero_scale", "refuse"] | Unknown | None = recorded(
+        "What happens to a multiplier or shift out of range; `zero_scale`: the result is silently scaled by 0."
+    )
+    per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of the multiplier.")
+    ratio: Ratio | Unknown | None = recorded("Bounds of input scale times weight scale over output scale.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Fields belong to their kind."""
+        if self.multiplier_bits is not None and self.kind in ("shift", "thresholds", "none"):
+            yield Problem(("multiplier_bits",), f'kind = "{self.kind}" has no multiplier. Remove it, or change kind.')
+        if self.selectable is not None and self.rounding not in ("selectable", "unknown"):
+            yield Problem(("selectable",), 'needs rounding = "selectable". Change rounding, or remove it.')

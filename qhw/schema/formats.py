@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number formats: one fully determined grid each, `real = scale * (code - zero_point)`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qhw.schema.base import Amount, Count, Int64, Positive, Problem, Rounding, Says, Table, Unknown, recorded, used
+from qhw.schema.scales import PLANNABLE_SCALES, Bits, Palette, Scale
+
+__all__ = ["Format", "code_bits"]
+
+Codes = Annotated[tuple[Int64, Int64], Says("a list of two integers [lowest code, highest code]")]
+
+
+def code_bits(low: int, high: int, *, signed: bool) -> int:
+    """Bits of the smallest two's complement (signed) or unsigned integer that holds every code of [low, high]."""
+    if signed:
+        return max((-low - 1).bit_length() if low < 0 else 0, high.bit_length() if high > 0 else 0) + 1
+    return max(high.bit_length(), 1)
+
+
+class Format(Table):
+    """One grid. `codes` wins over `bits` and `signed`; both may stand, and then they must agree."""
+
+    kind: Literal["integer", "float", "palette"] | Unknown = used(
+        "What a code is: an integer, a small float, or an index into a palette. Absent: integer.",
+        recorded_values=("float", "palette"),
+        default="integer",
+    )
+    bits: Bits | Unknown | None = used("Width of one stored element.")
+    signed: bool | Unknown | None = used("True: codes from -2^(bits-1); false: codes from 0.")
+    codes: Codes | Unknown | None = used("Lowest and highest code in use, inclusive; absent: all that the bits allow.")
+    code_set: tuple[Int64, ...] | Unknown | None = recorded(
+        "All codes, ascending, where they are no full range: [-1, 1]."
+    )
+    encoding: Literal["twos_complement", "sign_magnitude", "offset_binary"] | Unknown | None = recorded(
+        "Bit pattern of a negative code."
+    )
+    zero_point: Int64 | tuple[Int64, ...] | Literal["free"] | Unknown | None = used(
+        'The code of 0.0: one integer (fixed), a list of the integers allowed, or "free". Absent: no restriction is '
+        "stated, which reads as free."
+    )
+    zero_point_per: Literal["tensor", "out_channel", "group"] | Unknown | None = recorded(
+        "Sharing of zero points where it differs from that of scales."
+    )
+    zero_point_bits: Bits | Unknown | None = recorded("Width of the register that holds a zero point.")
+    zero_point_cost: Amount | Unknown | None = recorded(
+        "What a zero point that is not 0 costs at run time, as a factor on the operator's time above 1 (0: free)."
+    )
+    per: Literal["tensor", "out_channel", "group", "row", "block"] | Unknown | None = used(
+        "How many scales a tensor has: one; one per output channel; one per group of `group_size` input channels; one "
+        "per row; one per two-dimensional block.",
+        recorded_values=("row", "block"),
+    )
+    group_size: Count | tuple[Count, ...] | Unknown | None = used(
+        'Elements of one group for per = "group": one size, or those allowed.'
+    )
+    block_shape: tuple[Count, ...] | Unknown | None = recorded('Shape of one block for per = "block".')
+    scale: Scale | Unknown | None = used("Which scales are legal. Absent: any positive float32.")
+    min_real_range: Positive | Unknown | None = recorded(
+        "Smallest real range (highest minus lowest value) the tool encodes."
+    )
+    rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
+    packing: Literal["low_first", "high_first"] | Unknown | None = recorded(
+        "Which of several codes in one byte comes first."
+    )
+    preference_cost: Amount | Unknown | None = recorded(
+        "Cost of choosing this format where another is legal as well, as a factor on time above 1 (0: native)."
+    )
+    exponent_bits: Bits | Unknown | None = recorded("Float formats: bits of the exponent.")
+    mantissa_bits: Annotated[int, Field(ge=0, le=52), Says("an integer from 0 to 52")] | Unknown | None = recorded(
+        "Float formats: stored bits of the mantissa."
+    )
+    finite_max: Positive | Unknown | None = recorded(
+        "Float formats: largest finite value (E4M3: 448, on one device 240)."
+    )
+    palette: Palette | Unknown | None = recorded("Palette formats: the look-up table.")
+
+    @property
+    def quant_min(self) -> int | None:
+        """Lowest code; None where the file does not determine it."""
+        limits = self._code_range()
+        return None if limits is None else limits[0]
+
+    @property
+    def quant_max(self) -> int | None:
+        """Highest code; None where the file does not determine it."""
+        limits = self._code_range()
+        return None if limits is None else limits[1]
+
+    @property
+    def is_signed(self) -> bool | None:
+        """Signedness of a stored code: as stated, else from a negative lowest code; None where it is open."""
+        if isinstance(self.signed, bool):
+            return self.signed
+        low = self.quant_min
+        return None if low is None else low < 0
+
+    @property
+    def element_bits(self) -> int | None:
+        """Width of one stored element in bits: as stated, else the fewest that hold the codes."""
+        if isinstance(self.bits, int):
+            return self.bits
+        low, high = self.quant_min, self.quant_max
+        if low is None or high is None:
+            return None
+        return code_bits(low, high, signed=bool(self.is_signed))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True where the zero point is fixed to one code."""
+        return isinstance(self.zero_point, int)
+
+    @property
+    def unplannable_reason(self) -> str | None:
+        """Why no tensor can be put on this grid yet: `field: value, rule`; None where it can."""
+        if self.kind != "integer":
+            return f'kind: "{self.kind}" formats are recorded, not used yet'
+        if self.code_set is not None:
+            return "code_set: explicit code sets are recorded, not used yet"
+        if self.quant_min is None:
+            return "codes: neither codes nor bits with signed are known"
+        if self.per not in ("tensor", "out_channel", "group"):
+            said = "absent" if self.per is None else f'"{self.per}"'
+            return f'per: {said}; a grid needs "tensor", "out_channel" or "group"'
+        if self.per == "group" and not isinstance(self.group_size, int | tuple):
+            return 'group_size: per = "group" needs a size'
+        if self.zero_point == "unknown":
+            return "zero_point: unknown"
+        if self.scale == "unknown":
+            return "scale: unknown"
+        if isinstance(self.scale, Scale):
+            if self.scale.kind not in PLANNABLE_SCALES:
+                return f'scale.kind: "{self.scale.kind}" is recorded, not used yet'
+            if self.scale.kind in ("fixed", "enumerated") and not isinstance(self.scale.values, tuple):
+                return f'scale.values: kind = "{self.scale.kind}" needs its values'
+            if self.scale.dynamic is True:
+                return "scale.dynamic: scales computed at run time are recorded, not used yet"
+            if (
+                self.scale.inner_bits is not None
+                or self.scale.inner_group_size is not None
+                or self.scale.outer is not None
+            ):
+                return "scale: two-level scales are recorded, not used yet"
+        return None
+
+    @property
+    def is_plannable(self) -> bool:
+        """True where a tensor can be put on this grid."""
+        return self.unplannable_reason is None
+
+    def _code_range(self) -> tuple[int, int] | None:
+        if isinstance(self.codes, tuple):
+            return self.codes
+        if self.codes == "unknown" or self.code_set is not None or self.kind != "integer":
+            return None
+        if isinstance(self.bits, int) and isinstance(self.signed, bool):
+            return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+        return None
+
+    def rules(self) -> Iterator[Problem]:
+        """Codes fit the bits and the sign, the zero point is a code, and fields belong to their kind."""
+        yield from self._code_rules()
+        yield from self._zero_point_rules()
+        if self.group_size is not None and self.per not in ("group", "unknown", None):
+            yield Problem(("group_size",), f'needs per = "group"; per is "{self.per}". Remove it, or change per.')
+        if self.block_shape is not None and self.per not in ("block", "unknown", None):
+            yield Problem(("block_shape",), f'needs per = "block"; per is "{self.per}". Remove it, or change per.')
+        if self.group_size == () or self.block_shape == ():
+            yield Problem(
+                ("group_size" if self.group_size == () else "block_shape",), "must list at least one size; got []."
+            )
+        for name in ("exponent_bits", "mantissa_bits", "finite_max"):
+            if getattr(self, name) is not None and self.kind not in ("float", "unknown"):
+                yield Problem((name,), f'needs kind = "float"; kind is "{self.kind}". Remove it, or change kind.')
+        if self.palette is not None and self.kind not in ("palette", "unknown"):
+            yield Problem(("palette",), f'needs kind = "palette"; kind is "{self.kind}". Remove it, or change kind.')
+        for name in ("codes", "code_set"):
+            if getattr(self, name) is not None and self.kind == "float":
+                yield Problem((name,), 'a float format has no integer codes. Remove it, or use kind = "integer".')
+
+    def _code_rules(self) -> Iterator[Problem]:
+        if isinstance(self.code_set, tuple):
+            if self.codes is not None:
+                yield Problem(("code_set",), "stands beside codes; a format has one of the two. Remove one.")
+            if not self.code_set or list(self.code_set) != sorted(set(self.code_set)):
+                yield Problem(("code_set",), f"must be ascending, each code once; got {list(self.code_set)}.")
+                return
+            yield from self._fit(self.code_set[0], self.code_set[-1], "code_set")
+        if isinstance(self.codes, tuple):
+            low, high = self.codes
+            if low >= high:
+                yield Problem(("codes",), f"the lower code must be below the upper; got [{low}, {high}]. Swap them.")
+                return
+            yield from self._fit(low, high, "codes")
+
+    def _fit(self, low: int, high: int, field: str) -> Iterator[Problem]:
+        if self.signed is False and low < 0:
+            yield Problem(
+                (field,), f"lower code {low} is negative, and signed is false. Use signed = true, or start at 0."
+            )
+            return
+        if not isinstance(self.bits, int) or (self.bits == 1 and (low, high) == (-1, 1)):
+            return  # one bit may stand for the two values -1 and +1
+        signed = self.signed if isinstance(self.signed, bool) else low < 0
+        least = -(2 ** (self.bits - 1)) if signed else 0
+        most = 2 ** (self.bits - 1) - 1 if signed else 2**self.bits - 1
+        kind = "signed" if signed else "unsigned"
+        wider = next((w for w in (2, 4, 8, 16, 32, 64) if w >= code_bits(low, high, signed=signed)), 64)
+        if high > most:
+            hint = f"[{max(low, least) if max(low, least) < most else least}, {most}]"
+            yield Problem(
+                (field,),
+                f"upper code {high} does not fit {self.bits} bits ({kind}: at most {most}). "
+                f"Use {hint}, or bits = {wider}.",
+            )
+        elif low < least:
+            yield Problem(
+                (field,),
+                f"lower code {low} does not fit {self.bits} bits ({kind}: at least {least}). "
+                f"Use [{least}, {min(high, most)}], or bits = {wider}.",
+            )
+
+    def _zero_point_rules(self) -> Iterator[Problem]:
+        allowed = (self.zero_point,) if isinstance(self.zero_point, int) else self.zero_point
+        limits = self._code_range()
+        if not isinstance(allowed, tuple):
+            return
+        if not allowed:
+            yield Problem(("zero_point",), 'must list at least one integer; got []. Use "free" for no restriction.')
+        if limits is None or limits[0] >= limits[1]:
+            return
+        for value in allowed:
+            if not limits[0] <= value <= limits[1]:
+                yield Problem(
+                    ("zero_point",),
+                    f"{value} is not a code of this format ({limits[0]} to {limits[1]}). Use one, or widen codes.",
+                )

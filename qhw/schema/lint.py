@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loaded target still lacks: facts the planner needs, claims without a source, fields that nothing reads."""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qhw.schema.base import UNKNOWN, Path, leaves
+from qhw.schema.closest import closest
+from qhw.schema.kernels import Kernel
+from qhw.schema.load import Located
+from qhw.schema.marks import recorded_fields
+from qhw.schema.messages import shown
+from qhw.schema.operators import Operator
+from qhw.schema.provenance import claim_tables, claims, leaf_paths
+from qhw.schema.read import dotted
+from qhw.schema.scales import Scale
+from qhw.schema.spec import TargetSpec
+from qhw.schema.write import plain_data
+
+__all__ = ["Finding", "lint"]
+
+Severity = Literal["error", "warning", "info"]
+ORDER: tuple[Severity, ...] = ("error", "warning", "info")
+BLOCKING = re.compile(
+    r"formats\.\w+\.(kind|bits|signed|codes|per|group_size|zero_point|scale|scale\.(kind|values))"
+    r"|kernels\.\w+\.(input|weight|output)|operators\.\w+\.kernels"
+)
+NO_CLAIMS = ("artefact.exporter", "artefact.executor")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One remark about a target.
+
+    Attributes:
+        severity: `error`: it cannot be planned with as it stands. `warning`: something is probably wrong or missing.
+            `info`: true and worth knowing.
+        path: Dotted path of the field.
+        message: What about it.
+        place: `file:line`, or None where the target came from no file.
+    """
+
+    severity: Severity
+    path: str
+    message: str
+    place: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.place}  " if self.place else ""
+        return f"{self.severity}: {where}{self.path}: {self.message}"
+
+
+def lint(
+    spec: TargetSpec, located: Located | None = None, *, known_kinds: Collection[str] | None = None
+) -> tuple[Finding, ...]:
+    """All remarks about a target, errors first, then in the order of the checks.
+
+    Args:
+        spec: The resolved target.
+        located: Where its fields are written, as `read_target_file` returns it; gives each finding its place.
+        known_kinds: The operator kinds there are; without them names of kinds are not checked.
+    """
+    found = [
+        *_formats(spec),
+        *_operators(spec),
+        *_kinds(spec, known_kinds),
+        *_unused(spec),
+        *_unsourced(spec),
+        *_unknown(spec),
+        *_conflicts(spec),
+        *_recorded(spec),
+    ]
+    placed = [
+        Finding(severity, dotted(path), message, located.place(path) if located is not None else None)
+        for severity, path, message in found
+    ]
+    return tuple(sorted(placed, key=lambda finding: ORDER.index(finding.severity)))
+
+
+Remark = tuple[Severity, Path, str]
+
+
+def _formats(spec: TargetSpec) -> Iterator[Remark]:
+    in_use = {name for kernel in spec.kernels.values() for name in kernel.formats()}
+    for name, form in spec.formats.items():
+        if name not in in_use or form.kind != "integer":
+            continue
+        path: Path = ("formats", name)
+        open_codes = UNKNOWN in (form.codes, form.bits, form.signed)
+        if form.quant_min is None and form.code_set is None and not open_codes:
+            yield "error", path, "a kernel uses it, and its codes are open. State bits and signed, or codes."
+        if form.per is None:
+            yield "error", path, 'a kernel uses it, and per is absent. State per = "tensor", "out_channel" or "group".'
+        if form.per == "group" and form.group_size is None:
+            yield "error", path, 'per = "group" needs group_size. State it, or the sizes allowed.'
+        scale = form.scale
+        if isinstance(scale, Scale) and scale.values is None and scale.kind in ("fixed", "enumerated"):
+            yield "error", (*path, "scale"), f'kind = "{scale.kind}" needs values. State them.'
+
+
+def _operators(spec: TargetSpec) -> Iterator[Remark]:
+    for kind, operator in spec.operators.items():
+        path: Path = ("operators", kind)
+        if operator.kernels == ():
+            yield "info", (*path, "kernels"), "is empty: this hardware does not have the operator."
+        elif operator.kernels is None and operator.same_scale in (None, "none") and operator.output != "float":
+            text = (
+                "names no kernels and no same_scale rule, so nothing says which formats it takes. State one of the two."
+            )
+            yield "warning", path, text
+        elif isinstance(operator.kernels, tuple):
+            reasons = {name: _kernel_reason(spec, spec.kernels[name], operator) for name in operator.kernels}
+            if all(reasons.values()):
+                listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+                yield "error", path, f"has no legal format, none of its kernels can be planned. {listed}."
+    if spec.operators and spec.fallback is None:
+        text = "is absent: where operators go that are not listed here is not said, and nothing is assumed."
+        yield "info", ("fallback",), text
+
+
+def _kernel_reason(spec: TargetSpec, kernel: Kernel, operator: Operator) -> str | None:
+    for operand in ("input", "weight", "output"):
+        names = getattr(kernel, operand)
+        if names == UNKNOWN:
+            return f"{operand} is unknown"
+        if names is None:
+            if operand == "input" or (operand == "output" and operator.output != "float"):
+                return f"{operand} is absent"
+            continue
+        reasons = [(name, spec.formats[name].unplannable_reason) for name in names]
+        if all(reason for _, reason in reasons):
+            return f"{operand} {reasons[0][0]}: {reasons[0][1]}"
+    return None
+
+
+def _kinds(spec: TargetSpec, known: Collection[str] | None) -> Iterator[Remark]:
+    if known is None:
+        return
+    named: list[tuple[Path, str]] = [(("operators", kind), kind) for kind in spec.operators]
+    lists: list[tuple[Path, object]] = []
+    lists += [(("operators", kind, "fused"), operator.fused) for kind, operator in spec.operators.items()]
+    lists += [(("kernels", name, "fused"), kernel.fused) for name, kernel in spec.kernels.items()]
+    for path, fused in lists:
+        for item in fused if isinstance(fused, tuple) else ():
+            named.extend((path, kind) for kind in ((item,) if isinstance(item, str) else item))
+    for path, kind in dict.fromkeys(named):
+        if kind not in known:
+            near = closest(kind, sorted(known))
+            yield (
+                "warning",
+                path,
+                f"'{kind}' is not an operator kind qhw knows." + (f" Closest: {near}." if near else ""),
+            )
+
+
+def _unused(spec: TargetSpec) -> Iterator[Remark]:
+    kernels = list(spec.kernels.values())
+    edge = spec.boundary
+    at_edge = [ids for ids in (edge.input_formats, edge.output_formats) if isinstance(ids, tuple)] if edge else []
+    of_operators = [item.kernels for item in spec.operators.values() if isinstance(item.kernels, tuple)]
+    referred: dict[str, set[str | None]] = {
+        "formats": {name for ids in (*at_edge, *(kernel.formats() for kernel in kernels)) for name in ids},
+        "biases": {kernel.bias for kernel in kernels},
+        "accumulators": {kernel.accumulator for kernel in kernels},
+        "requantize": {kernel.requantize for kernel in kernels},
+        "kernels": {name for ids in of_operators for name in ids},
+    }
+    for section, names in referred.items():
+        by = "operator" if section == "kernels" else "kernel"
+        for name in getattr(spec, section):
+            if name not in names:
+                yield "warning", (section, name), f"no {by} refers to it. Refer to it, or remove it."
+
+
+def _unsourced(spec: TargetSpec) -> Iterator[Remark]:
+    if not spec.sources:
+        return
+    for where, table in claim_tables(plain_data(spec)):
+        bare = [
+            ".".join(leaf)
+            for leaf in leaf_paths(claims(where, table))
+            if not spec.source_of(".".join((*where, *leaf))) and ".".join((*where, *leaf)) not in NO_CLAIMS
+        ]
+        if bare:
+            path: Path = where or (bare[0],)
+            yield "warning", path, f"no source beside {', '.join(bare)}. Name one, or write memory."
+
+
+def _unknown(spec: TargetSpec) -> Iterator[Remark]:
+    for path, value in leaves(spec):
+        if value != UNKNOWN or path[0] in ("sources", "conflicts", "inherited"):
+            continue
+        if BLOCKING.fullmatch(dotted(path)):
+            yield "warning", path, "unknown: what depends on it cannot be planned."
+        else:
+            yield "info", path, "unknown: not published, and nothing is assumed in its place."
+
+
+def _conflicts(spec: TargetSpec) -> Iterator[Remark]:
+    for index, conflict in enumerate(spec.conflicts):
+        sides = "; ".join(f"{_plain(item.value)} ({_plain(item.source)})" for item in conflict.readings)
+        why = f", because: {conflict.why}" if conflict.why else ""
+        chosen = "nothing is chosen" if conflict.chosen is None else f"chosen: {_plain(conflict.chosen)}{why}"
+        yield "info", ("conflicts", index), f"sources disagree on {conflict.field}: {sides}; {chosen}."
+
+
+def _plain(value: object) -> str:
+    return shown(list(value)) if isinstance(value, tuple) else value if isinstance(value, str) else shown(value)
+
+
+def _recorded(spec: TargetSpec) -> Iterator[Remark]:
+    for path in recorded_fields(spec):
+        yield "info", path, "recorded, not used yet."

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a validation error means to the person who wrote the file: a field path, what it may hold, what it held."""
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from qhw.schema.base import Path, Problem, Says
+from qhw.schema.closest import closest
+
+__all__ = ["describe", "field_type", "members", "problems_of", "shown"]
+
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> tuple[Problem, ...]:
+    """Each problem of a failed validation once, the most exact path first where a field may be of several kinds."""
+    found: dict[Path, Problem] = {}
+    for item in error.errors(include_url=False):
+        if item["type"] == "qhw_rules":
+            base = _path_in(item["loc"], data)
+            for problem in item["ctx"]["problems"]:
+                path = (*base, *problem.path)
+                found.setdefault((*path, problem.text), Problem(path, problem.text))
+            continue
+        path = _path_in(item["loc"], data)
+        kind = item["type"]
+        if kind == "missing":
+            path = (*path, item["loc"][-1])
+            found.setdefault(path, Problem(path, "is missing. Write it."))
+        elif kind == "extra_forbidden":
+            found.setdefault(path, Problem(path, _no_such_field(model, path)))
+        elif item["loc"] and item["loc"][-1] == "[key]":
+            found.setdefault(path, Problem(path, _bad_key(model, path)))
+        else:
+            found.setdefault(path, Problem(path, _bad_value(model, path, data)))
+    deepest = [
+        path for path in found if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
+    ]
+    return tuple(found[path] for path in deepest)
+
+
+def describe(annotation: Any) -> str:
+    """What a field may hold, in words: `an integer from 1 to 64 or "unknown"`."""
+    said = list(dict.fromkeys(_alternatives(annotation)))
+    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} or {said[-1]}"
+
+
+def shown(value: Any) -> str:
+    """A value as the file spells it, at most 60 characters."""
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+    elif isinstance(value, str):
+        text = '"' + value.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+    elif isinstance(value, dict):
+        text = "a table" if value else "an empty table"
+    elif isinstance(value, list):
+        text = "[" + ", ".join(shown(item) for item in value[:20]) + ("" if len(value) <= 20 else ", ...") + "]"
+    else:
+        text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _path_in(loc: tuple[int | str, ...], data: Any) -> Path:
+    path: list[str | int] = []
+    for part in loc:
+        if (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        ):
+            path.append(part)
+            data = data[part]  # type: ignore[index]
+    return tuple(path)
+
+
+def _no_such_field(model: type[BaseModel], path: Path) -> str:
+    owner = next((step for step in _steps(model, path[:-1]) if _is_model(step)), model)
+    fields = [name for name in owner.model_fields if name not in ("source", "lineage", "inherited")] + ["source"]
+    near = closest(str(path[-1]), fields)
+    return "there is no such field." + (f" Closest: {near}." if near else "") + f" Fields here: {', '.join(fields)}."
+
+
+def _bad_key(model: type[BaseModel], path: Path) -> str:
+    for step in _steps(model, path[:-1]):
+        if get_origin(step) is dict:
+            keys = get_args(step)[0]
+            near = closest(str(path[-1]), get_args(keys)) if get_origin(keys) is Literal else None
+            return f"the key must be {describe(keys)}; got {shown(path[-1])}." + (f" Closest: {near}." if near else "")
+    return f"the key is not allowed; got {shown(path[-1])}."
+
+
+def _bad_value(model: type[BaseModel], path: Path, data: Any) -> str:
+    for part in path:
+        data = data[part]
+    steps = tuple(_steps(model, path)) if path else (model,)
+    allowed = describe(Union[steps]) if steps else "something else"  # noqa: UP007
+    words = [word for step in steps for word in _words(step)]
+    hint = ""
+    if isinstance(data, str):
+        near = closest(data, words)
+        is_number = data.strip().lstrip("-").isdigit()
+        hint = f" Closest: {near}." if near else " Remove the quotes." if is_number else ""
+    elif isinstance(data, float) and data.is_integer() and "integer" in allowed:
+        hint = f" Write {int(data)}."
+    return f"must be {allowed}; got {shown(data)}.{hint}"
+
+
+def _words(annotation: Any) -> list[str]:
+    return [
+        word
+        for part in members(annotation)
+        if get_origin(part) is Literal
+        for word in get_args(part)
+        if isinstance(word, str)
+    ]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a union, each with its own `Says` kept."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from members(part)
+    elif get_origin(annotation) is Annotated and not any(isinstance(item, Says) for item in annotation.__metadata__):
+        yield from members(get_args(annotation)[0])
+    elif annotation is not type(None):
+        yield annotation
+
+
+def _steps(annotation: Any, path: Path) -> Iterator[Any]:
+    """Every alternative an annotation leaves for the value at a path."""
+    for part in members(annotation):
+        if not path:
+            yield part
+            continue
+        if get_origin(part) is Annotated:
+            part = get_args(part)[0]
+        if _is_model(part) and path[0] in part.model_fields:
+            yield from _steps(field_type(part.model_fields[path[0]]), path[1:])
+        elif get_origin(part) is dict:
+            yield from _steps(get_args(part)[1], path[1:])
+        elif get_origin(part) is tuple and isinstance(path[0], int):
+            yield from _steps(get_args(part)[0], path[1:])
+        elif get_origin(part) in (Union, types.UnionType):
+            yield from _steps(part, path)
+
+
+def field_type(field: FieldInfo) -> Any:
+    """A field's annotation; Pydantic moves the metadata of a plain `Annotated` field out of it."""
+    annotation: Any = field.annotation
+    said = next((item for item in field.metadata if isinstance(item, Says)), None)
+    return annotation if said is None else Annotated[annotation, said]
+
+
+def _alternatives(annotation: Any) -> Iterator[str]:
+    for part in members(annotation):
+        if get_origin(part) is Annotated:
+            yield next(item.text for item in part.__metadata__ if isinstance(item, Says))
+        elif get_origin(part) is Literal:
+            yield from (f'"{word}"' if isinstance(word, str) else str(word) for word in get_args(part))
+        elif get_origin(part) is tuple:
+            yield f"a list, each {describe(get_args(part)[0])}"
+        elif get_origin(part) is dict or _is_model(part):
+            yield "a table"
+        else:
+            yield NAMES.get(part, str(part))

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators: the kernels an operator kind has, what restricts it, and what it does to scales."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from qhw.schema.base import (
+    Amount,
+    Count,
+    Fused,
+    Id,
+    Int64,
+    Positive,
+    Problem,
+    Rounding,
+    Says,
+    Table,
+    Unknown,
+    Word,
+    recorded,
+    used,
+)
+
+__all__ = [
+    "ATTRIBUTES",
+    "PLANNED_LIMITS",
+    "Approximation",
+    "Attribute",
+    "FixedOutput",
+    "Limit",
+    "LimitRange",
+    "LimitValue",
+    "Operator",
+    "RealRange",
+]
+
+Real = Annotated[float, Says("a number")]
+Attribute = Literal[
+    "kernel",
+    "stride",
+    "dilation",
+    "groups",
+    "padding",
+    "in_channels",
+    "out_channels",
+    "rank",
+    "inputs",
+    "outputs",
+    "height",
+    "width",
+    "axis",
+    "elements",
+    "reduced_elements",
+    "depth_multiplier",
+    "mode",
+    "slope",
+    "rescale",
+]
+ATTRIBUTES: tuple[str, ...] = get_args(Attribute)
+WORDS: dict[str, tuple[str, ...]] = {
+    "groups": ("1", "channels"),
+    "padding": ("same", "valid", "explicit", "zero"),
+    "axis": ("channel", "height", "width", "last"),
+}
+PLANNED_LIMITS = ("kernel", "stride", "dilation", "groups", "in_channels", "out_channels", "rank", "inputs")
+LimitValue = Int64 | Word | tuple[Int64, ...]
+
+
+class LimitRange(Table):
+    """What an attribute may be, as bounds; all that are given hold together."""
+
+    min: Real | Unknown | None = used("Smallest value, inclusive.")
+    max: Real | Unknown | None = used("Largest value, inclusive.")
+    multiple_of: Count | Unknown | None = used("The value is a multiple of this.")
+    values: tuple[LimitValue, ...] | Unknown | None = used("The values allowed.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        if isinstance(self.min, float) and isinstance(self.max, float) and self.min > self.max:
+            yield Problem(("min",), f"min must not exceed max; got {self.min:g} and {self.max:g}. Swap them.")
+
+
+Limit = tuple[LimitValue, ...] | LimitRange | Literal["any"] | Unknown
+
+
+class FixedOutput(Table):
+    """Quantization parameters an operator's result always has in one format."""
+
+    scale: Positive | Unknown | None = used("The scale.")
+    zero_point: Int64 | Unknown | None = used("The zero point.")
+
+
+class RealRange(Table):
+    """Bounds of an operator's real result, inclusive."""
+
+    min: Real | Unknown | None = used("Lowest real value.")
+    max: Real | Unknown | None = used("Highest real value.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        if isinstance(self.min, float) and isinstance(self.max, float) and self.min >= self.max:
+            yield Problem(("min",), f"min must be below max; got {self.min:g} and {self.max:g}. Swap them.")
+
+
+class Approximation(Table):
+    """What the hardware computes in place of the exact function."""
+
+    kind: Literal["table", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None = recorded(
+        "A look-up table, linear segments, a fixed fraction, a hard variant, or a parameter rounded to a grid."
+    )
+    segments: Count | Unknown | None = recorded("Linear segments.")
+    entries: Count | Unknown | None = recorded("Entries of a look-up table.")
+    sample_step: Count | Unknown | None = recorded(
+        "Codes between two sampled entries; values between are interpolated."
+    )
+    constants: dict[str, Real] | Unknown | None = recorded(
+        'Named constants: {"3x3" = 0.109375} or {denominator = 256}.'
+    )
+
+
+class Operator(Table):
+    """An operator kind as this hardware has it. Kinds are named as ONNX names them, plus `DepthwiseConv`."""
+
+    kernels: tuple[Id, ...] | Unknown | None = used(
+        "Ids of its kernels, preferred first. An empty list: this hardware does not have it. Absent: it only moves "
+        "data, and takes any format (then `same_scale` says so)."
+    )
+    limits: dict[Attribute, Limit] = Field(
+        default_factory=dict,
+        description='Per attribute a list of allowed values, a table {min, max, multiple_of, values}, or "any". An '
+        'integer holds for every spatial dimension, a list [h, w] for both together; groups know the words "1" and '
+        '"channels". Read by the planner: ' + ", ".join(PLANNED_LIMITS) + ".",
+        json_schema_extra={"recorded_keys": [name for name in ATTRIBUTES if name not in PLANNED_LIMITS]},
+    )
+    fused: Fused | Unknown | None = used(
+        'Operator kinds it takes in behind it, each a kind or a chain of kinds: ["Relu", ["Add", "Relu"]].'
+    )
+    same_scale: Literal["none", "input_output", "inputs", "all", "aligned"] | Unknown | None = used(
+        "Which tensors carry one common scale and zero point: none; input and output; all inputs; all inputs and the "
+        "output; `aligned`: scales are brought together but need not be identical.",
+        recorded_values=("aligned",),
+    )
+    fixed_output: dict[Id, FixedOutput] | Unknown | None = used(
+        "Per output format the parameters the result always has."
+    )
+    range: RealRange | Unknown | None = used("Real bounds the result's range is clipped to.")
+    rounding: Rounding | Unknown | None = recorded("Rounding of its own, where it differs from its kernels'.")
+    rounding_order: Literal["zero_point_after", "zero_point_before"] | Unknown | None = recorded(
+        "Whether the zero point is added after rounding or before it."
+    )
+    preshift_bits: dict[Id, Count] | Unknown | None = recorded(
+        "Per input format the bits operands are shifted left by before they are rescaled and added."
+    )
+    approximation: Approximation | Unknown | None = recorded("What is computed in place of the exact function.")
+    output: Literal["integer", "float"] | Unknown | None = recorded(
+        "`float`: the result is float whatever the kernel says."
+    )
+    parameters: Literal["integer", "float"] | Unknown | None = recorded("`float`: its weights are not quantized.")
+    may_change_precision: bool | Unknown | None = recorded("False: inputs, parameters and output have equal widths.")
+    weight_axis: Annotated[int, Field(ge=-8, le=7), Says("an integer from -8 to 7")] | Unknown | None = recorded(
+        "Axis of the artefact's weight tensor that keeps one scale per index."
+    )
+    weight_layout: Word | None = recorded(
+        "Layout of the artefact's weight tensor, as `1HWC`; `weight_axis` counts in it."
+    )
+    weight_scales: Literal["out_channels", "out_channels/groups"] | Unknown | None = recorded(
+        "How many weight scales a grouped operator carries."
+    )
+    preference_cost: Amount | Unknown | None = recorded("Cost of running it here over the host (0: none).")
+
+    def rules(self) -> Iterator[Problem]:
+        """Limits allow something, in words their attribute knows."""
+        for name, limit in self.limits.items():
+            values = limit.values if isinstance(limit, LimitRange) else limit
+            if values == ():
+                yield Problem(("limits", name), 'must allow at least one value; got []. Use "any" for no limit.')
+            known = WORDS.get(name, ())
+            for value in values if isinstance(values, tuple) else ():
+                if isinstance(value, str) and name != "mode" and value not in known:
+                    allowed = " or ".join(f'"{word}"' for word in known)
+                    yield Problem(
+                        ("limits", name),
+                        f'must list integers{" or " + allowed if allowed else ""}; got "{value}".',
+                    )

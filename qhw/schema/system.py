@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything around the kernels: the boundary, the artefact, the network as a whole, memories, clocks, conflicts."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from qhw.schema.base import Amount, Count, Id, Positive, Problem, Says, Table, Tags, Unknown, Word, recorded, used
+
+__all__ = ["Artefact", "Boundary", "Clock", "Conflict", "Cost", "Memory", "Network", "Reading"]
+
+Scalar = bool | int | float | str
+ClaimValue = Annotated[Scalar | tuple[Scalar, ...], Says("a number, a text, true, false, or a list of these")]
+
+
+class Boundary(Table):
+    """What crosses the edge of the network."""
+
+    inputs: Literal["quantized", "float"] | Unknown | None = recorded("Whether graph inputs are quantized.")
+    outputs: Literal["quantized", "float"] | Unknown | None = used("Whether graph outputs, logits too, are quantized.")
+    artefact_io: Literal["integer", "float"] | Unknown | None = recorded(
+        "Whether the artefact takes and gives codes or reals."
+    )
+    input_formats: tuple[Id, ...] | Unknown | None = recorded(
+        "Formats graph inputs may have, where fewer than the kernels'."
+    )
+    output_formats: tuple[Id, ...] | Unknown | None = recorded(
+        "Formats graph outputs may have, where other than the kernels'."
+    )
+
+
+class Artefact(Table):
+    """What the toolchain takes, and the plugins that write and run it."""
+
+    exporter: Word | None = used("Name of the exporter plugin that writes the artefact.")
+    executor: Word | None = used("Name of the executor plugin that runs it.")
+    file_format: Word | None = recorded("What the toolchain calls its input: `TFLite`, `ONNX QDQ`, `DLC`.")
+    opset_min: Count | Unknown | None = recorded("Lowest ONNX opset the artefact needs.")
+    host_cpu_flags: tuple[Word, ...] | Unknown | None = recorded(
+        "CPU flags of which the host needs one for the executor to compute as this target does."
+    )
+
+
+class Network(Table):
+    """Limits of a network as a whole."""
+
+    max_layers: Count | Unknown | None = recorded("Most layers.")
+    static_shapes: bool | Unknown | None = recorded("True: all sizes are fixed when the network is compiled.")
+    max_rank: Count | Unknown | None = recorded("Most dimensions of any tensor.")
+    max_weight_bytes: Count | Unknown | None = recorded("Most bytes of weights.")
+
+
+class Memory(Table):
+    """One memory, for the roofline."""
+
+    capacity_bytes: Count | Unknown | None = recorded("Size.")
+    bandwidth_bytes_per_s: Positive | Unknown | None = recorded("Bandwidth of one port at the default clock.")
+    ports: Count | Unknown | None = recorded("Ports that can be used at once.")
+    holds: tuple[Literal["weights", "activations", "biases", "tables"], ...] | Unknown | None = recorded(
+        "What it stores."
+    )
+    past_capacity: Literal["stream", "spill", "refuse"] | Unknown | None = recorded(
+        "What happens to what does not fit."
+    )
+
+
+class Clock(Table):
+    """One clock preset, for the roofline."""
+
+    clock_hz: Positive | Unknown | None = recorded("Clock of the multiply-accumulate units.")
+    bandwidth_bytes_per_s: dict[Id, Positive] | Unknown | None = recorded("Bandwidth per memory under this preset.")
+    is_default: bool | None = recorded("True for the preset to assume where none is asked for.")
+
+
+class Cost(Table):
+    """What else decides how long a network takes."""
+
+    channel_multiple: Count | Unknown | None = recorded("Channels are rounded up to a multiple of this.")
+    weight_compression: Literal["none", "lossless"] | Unknown | None = recorded("How weights are stored.")
+    elementwise_per_cycle: Positive | Unknown | None = recorded("Elementwise results per clock cycle.")
+    peak_ops_per_s: Positive | Unknown | None = recorded("Published peak; one multiply-accumulate is two operations.")
+    power_w: Amount | Unknown | None = recorded("Power at the peak.")
+
+
+class Reading(Table):
+    """One of several readings of a fact."""
+
+    value: ClaimValue | None = used("What the source says.")
+    source: Tags | None = used("The source that says so.")
+
+
+class Conflict(Table):
+    """Sources that disagree, and the reading chosen."""
+
+    field: Word | None = used("Path of the field in question: `biases.wide.bits`.")
+    readings: tuple[Reading, ...] = used("What each source says; two or more.")
+    chosen: ClaimValue | None = used('The value taken, one of the readings, or "unknown".')
+    why: Word | None = used("Why this one.")
+
+    def rules(self) -> Iterator[Problem]:
+        """There is a disagreement, and the choice is one of its sides."""
+        values = [reading.value for reading in self.readings or ()]
+        if not self.field:
+            yield Problem(("field",), "must name the field in question.")
+        if len(values) < 2:
+            yield Problem(("readings",), f"a conflict has two readings or more; got {len(values)}.")
+        elif self.chosen is not None and self.chosen != "unknown" and self.chosen not in values:
+            yield Problem(("chosen",), f'must be one of the readings or "unknown"; got {self.chosen!r}.')

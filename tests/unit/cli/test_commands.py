@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command on real input, and every mistake a user can make on the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+Run = Callable[..., Any]
+
+PLAN = ("plan", "net:model", "--target", "tiny.toml", "--calibration", "net:batches")
+QUANTIZE = ("quantize", "net:model", "--target", "tiny.toml", "--calibration", "net:batches", "--out", "out/net")
+
+
+def lines(ran: Any) -> list[str]:
+    return ran.err.strip().splitlines()
+
+
+def check_one_line(ran: Any, *words: str) -> None:
+    """Exit status 1 and a single line on standard error that says all of the words; no traceback."""
+    assert ran.status == 1, ran
+    assert len(lines(ran)) == 1, ran.err
+    assert ran.err.startswith("error: ")
+    for word in words:
+        assert word in ran.err, ran.err
+
+
+def test_plan_reads_like_an_explanation(qhw_run: Run) -> None:
+    ran = qhw_run(*PLAN)
+    assert ran.status == 0, ran.err
+    assert "acme/tiny · net:model · pipeline ranges-ptq · calibration data" in ran.out
+    # 8 x 3 x 9 x 36 + 8 x 4 multiply-accumulates, all on the accelerator
+    assert "100.0 % of 7.81 k MACs" in ran.out
+    assert "GlobalAveragePool" in ran.out and "the target does not list it" in ran.out
+    assert "batch_norm_folding" in ran.out and "1 of 1 batch norms follow an operator with weights" in ran.out
+    assert "kernels.mac.bias" in ran.out and "biases are simulated in float" in ran.out
+    assert "Refused" in ran.out and "min_max" in ran.out
+
+
+def test_plan_as_json_is_the_plan(qhw_run: Run) -> None:
+    from qhw import QuantPlan
+
+    plan = QuantPlan.from_json(qhw_run(*PLAN, "--json").out)
+    assert plan.target == "acme/tiny"
+    assert plan.point("0.weight").format == "w8"
+
+
+def test_wishes_reach_the_plan(qhw_run: Run) -> None:
+    from qhw import QuantPlan
+
+    ran = qhw_run(*PLAN, "--prefer", "min_max", "--keep-float", "5", "--json")
+    plan = QuantPlan.from_json(ran.out)
+    assert [step.algorithm for step in plan.steps if step.stage == "activation_range"] == ["min_max"]
+    assert next(op for op in plan.operators if op.name == "5").where == "host"
+
+
+def test_quantize_writes_a_result_that_loads(qhw_run: Run, folder: Path) -> None:
+    import qhw
+
+    ran = qhw_run(*QUANTIZE, "--evaluate", "net:labelled")
+    assert ran.status == 0, ran.err
+    written = {path.name for path in (folder / "out/net").iterdir()}
+    assert written == {
+        "manifest.json", "target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json",
+        "evaluation.json", "artefacts",
+    }  # fmt: skip
+    assert qhw.load(folder / "out/net").plan.target == "acme/tiny"
+    scores = json.loads((folder / "out/net/evaluation.json").read_text())
+    assert [score["subject"] for score in scores] == ["float", "simulated", "artefact in onnxruntime"]
+    assert "Result in out" in ran.out and "Next:" in ran.out
+    again = qhw_run("plan", "out/net", "--target", "tiny.toml", "--calibration", "net:batches")
+    assert again.status == 0, again.err
+    assert "acme/tiny · out/net" in again.out
+
+
+def test_quantize_json_and_metric(qhw_run: Run) -> None:
+    ran = qhw_run(*QUANTIZE, "--evaluate", "net:labelled", "--metric", "net:share_of_zero", "--json")
+    facts = json.loads(ran.out)
+    assert facts["scores"][0]["metric"] == "share_of_zero"
+    # float: conv 216 + 8, batch norm 8 x 4 + one int64 counter, linear 32 + 4
+    assert facts["float_bytes"] == 4 * (216 + 8 + 32 + 32 + 4) + 8
+
+
+def test_a_plan_is_edited_and_replayed(qhw_run: Run, folder: Path) -> None:
+    import qhw
+
+    assert qhw_run(*PLAN, "--out", "plan.json").status == 0
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["steps"] = [
+        {**step, "algorithm": "min_max"} if step["stage"] == "activation_range" else step for step in plan["steps"]
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert qhw_run(*QUANTIZE, "--plan", "plan.json").status == 0
+    assert [step.algorithm for step in qhw.load(folder / "out/net").steps][-1] == "min_max"
+
+
+def test_target_commands(qhw_run: Run) -> None:
+    listed = json.loads(qhw_run("target", "list", "--json").out)
+    assert "espressif/esp32-p4" in [target["name"] for target in listed]
+    assert qhw_run("target", "lint", "tiny.toml").status == 0
+    shown = qhw_run("target", "show", "espressif/esp32-p4").out
+    assert "power_of_two" in shown and "sources" in shown
+    assert json.loads(qhw_run("target", "schema").out)["title"] == "TargetSpec"
+    assert json.loads(qhw_run("target", "show", "tiny.toml", "--json").out)["name"] == "acme/tiny"
+
+
+def test_lint_names_file_line_and_closest(qhw_run: Run, folder: Path) -> None:
+    text = (
+        (folder / "tiny.toml")
+        .read_text()
+        .replace('operators.Conv = { kernels = ["mac"]', 'operators.Conv = { kernels = ["mack"]')
+    )
+    (folder / "bad.toml").write_text(text)
+    ran = qhw_run("target", "lint", "bad.toml")
+    assert ran.status == 1
+    assert "bad.toml:8" in ran.out and "operators.Conv.kernels" in ran.out and "Closest: mac" in ran.out
+
+
+def test_plugin_list(qhw_run: Run) -> None:
+    plugins = {plugin["name"]: plugin for plugin in json.loads(qhw_run("plugin", "list", "--json").out)}
+    assert plugins["mse"]["brings"] == {"algorithms": ["mse", "mse_weights"]}
+    assert "batch_norm_folding" in qhw_run("plugin", "list").out
+
+
+def test_blocked_plugins_are_said(qhw_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QHW_BLOCK", "mse")
+    assert "blocked by QHW_BLOCK" in qhw_run("plugin", "list").out
+
+
+MISTAKES = {
+    "unknown target": (("plan", "net:model", "--target", "espressif/esp32"), ("no target", "espressif/esp32-p4")),
+    "no such model": (("plan", "nett:model", "--target", "tiny.toml"), ("cannot import 'nett'",)),
+    "no such function": (("plan", "net:modell", "--target", "tiny.toml"), ("has no 'modell'",)),
+    "not callable": (("plan", "net:number", "--target", "tiny.toml"), ("must be callable",)),
+    "model function raises": (("plan", "net:broken", "--target", "tiny.toml"), ("the disk is gone", "net.py:")),
+    "model function returns data": (("plan", "net:nothing", "--target", "tiny.toml"), ("must return (nn.Module",)),
+    "pickled model": (("plan", "net.pt", "--target", "tiny.toml"), ("run code when loaded",)),
+    "model is no name": (("plan", "net", "--target", "tiny.toml"), ("must be module:callable",)),
+    "no data": (PLAN[:4], ("needs calibration data", "calibration")),
+    "empty data": ((*QUANTIZE[:4], "-c", "net:nothing", "-o", "out/x"), ("holds no sample",)),
+    "data function raises": ((*QUANTIZE[:4], "-c", "net:broken", "-o", "out/x"), ("the disk is gone",)),
+    "no such file": ((*PLAN[:4], "-c", "no.npz"), ("no such file",)),
+    "unknown algorithm": ((*PLAN, "--prefer", "mze"), ("no algorithm 'mze'", "mse")),
+    "unknown pipeline": ((*PLAN, "--pipeline", "magic"), ("no pipeline 'magic'",)),
+    "unknown operator": ((*PLAN, "--keep-float", "conv9"), ("--keep-float", "conv9")),
+    "unknown format": ((*PLAN, "--format", "0.weight=w9"), ("no format 'w9'", "w8")),
+    "unknown point": ((*PLAN, "--format", "nope=w8"), ("no point matches 'nope'",)),
+    "format without point": ((*PLAN, "--format", "w8"), ("must be POINT=FORMAT",)),
+    "no labels": ((*QUANTIZE, "--evaluate", "net:batches"), ("(inputs, labels)",)),
+    "plan is missing": ((*QUANTIZE, "--plan", "none.json"), ("none.json: cannot be read",)),
+    "a plan and a wish": ((*QUANTIZE, "--plan", "plan.json", "--prefer", "mse"), ("--plan", "prefer")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=list(MISTAKES))
+def test_a_mistake_is_one_line(qhw_run: Run, folder: Path, case: str) -> None:
+    arguments, words = MISTAKES[case]
+    check_one_line(qhw_run(*arguments), *words)
+    assert not (folder / "out").exists() or not any((folder / "out").iterdir()), "something half-written is left"
+
+
+def test_npz_data(qhw_run: Run, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((20, 3, 8, 8)).astype(np.float32)
+    np.savez(folder / "good.npz", input=images)
+    np.savez(folder / "named.npz", pixels=images)
+    np.savez(folder / "shape.npz", input=images[:, :2])
+    np.savez(folder / "dtype.npz", input=images.astype(np.float64))
+    images[3, 0, 0, 0] = np.nan
+    np.savez(folder / "nan.npz", input=images)
+    np.savez(folder / "empty.npz")
+    np.savez(folder / "objects.npz", input=np.array([{"a": 1}], dtype=object))
+    (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:200])
+    (folder / "text.npz").write_text("not an archive")
+    base = (*QUANTIZE[:4], "--out", "out/net", "--calibration")
+    assert qhw_run(*base, "good.npz").status == 0
+    for name, words in {
+        "named.npz": ("no input 'pixels'", "Inputs of the model: input"),
+        "shape.npz": ("must have shape [batch, 3, 8, 8]", "got [20, 2, 8, 8]"),
+        "dtype.npz": ("must be float32; got float64",),
+        "nan.npz": ("NaN or infinite",),
+        "empty.npz": ("holds no array",),
+        "objects.npz": ("no .npz file of plain arrays",),
+        "cut.npz": ("no .npz file of plain arrays",),
+        "text.npz": ("no .npz file of plain arrays",),
+    }.items():
+        check_one_line(qhw_run(*base, name), *words)
+
+
+def test_an_occupied_folder_is_left_alone(qhw_run: Run, folder: Path) -> None:
+    (folder / "out/net").mkdir(parents=True)
+    (folder / "out/net/diary.txt").write_text("mine")
+    check_one_line(qhw_run(*QUANTIZE), "holds other files")
+    assert (folder / "out/net/diary.txt").read_text() == "mine"
+
+
+def test_interrupt_leaves_nothing(qhw_run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qhw.api
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qhw.api, "export", interrupted)
+    ran = qhw_run(*QUANTIZE)
+    assert ran.status == 130
+    assert "interrupted" in ran.err
+    assert not any((folder / "out").iterdir())
+
+
+def test_help_and_version(qhw_run: Run) -> None:
+    assert qhw_run("--version").out.startswith("qhw 0.")
+    for command in (("plan",), ("quantize",), ("target", "lint"), ("plugin", "list")):
+        assert "Usage" in qhw_run(*command, "--help").out

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lint: what it says of a complete target, and of each thing that can be missing."""
+
+from pathlib import Path
+
+import pytest
+
+from qhw.schema import lint, parse_target, read_target_file, recorded_fields
+
+TINY = """\
+schema_version = 1
+name = "acme/tiny"
+formats.a8 = { bits = 8, signed = true, per = "tensor" }
+formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
+accumulators.acc = { bits = 32, overflow = "wrap" }
+kernels.mac = { input = ["a8"], weight = ["w8"], output = ["a8"], accumulator = "acc" }
+operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
+operators.Gemm = { kernels = ["mac"], fused = ["Relu"] }
+"""
+
+
+def said(text: str, **options: object) -> list[str]:
+    """Every finding as it is printed."""
+    return [str(finding) for finding in lint(parse_target(text), **options)]  # type: ignore[arg-type]
+
+
+def test_the_small_complete_target_is_clean_but_for_information() -> None:
+    assert said(TINY, known_kinds=("Conv", "Gemm", "Relu")) == [
+        "info: fallback: is absent: where operators go that are not listed here is not said, and nothing is assumed.",
+        "info: accumulators.acc.overflow: recorded, not used yet.",
+    ]
+
+
+CASES = [
+    (
+        "no codes",
+        "bits = 8, signed = true",
+        "bits = 8",
+        "error: formats.a8: a kernel uses it, and its codes are open. State bits and signed, or codes.",
+    ),
+    (
+        "no granularity",
+        ', per = "tensor"',
+        "",
+        'error: formats.a8: a kernel uses it, and per is absent. State per = "tensor", "out_channel" or "group".',
+    ),
+    (
+        "no group size",
+        'per = "out_channel"',
+        'per = "group"',
+        'error: formats.w8: per = "group" needs group_size. State it, or the sizes allowed.',
+    ),
+    (
+        "no values",
+        'per = "tensor"',
+        'per = "tensor", scale = { kind = "fixed" }',
+        'error: formats.a8.scale: kind = "fixed" needs values. State them.',
+    ),
+    (
+        "no legal format",
+        "codes = [-127, 127], zero_point = 0",
+        'kind = "palette"',
+        "error: operators.Conv: has no legal format, none of its kernels can be planned. "
+        'mac: weight w8: kind: "palette" formats are recorded, not used yet.',
+    ),
+    (
+        "absent operand",
+        ', output = ["a8"]',
+        "",
+        "error: operators.Gemm: has no legal format, none of its kernels can be planned. mac: output is absent.",
+    ),
+    (
+        "unknown operand",
+        'input = ["a8"]',
+        'input = "unknown"',
+        "error: operators.Conv: has no legal format, none of its kernels can be planned. mac: input is unknown.",
+    ),
+    (
+        "unknown bits",
+        "bits = 8, signed",
+        'bits = "unknown", signed',
+        "warning: formats.a8.bits: unknown: what depends on it cannot be planned.",
+    ),
+    (
+        "unknown accumulator",
+        "bits = 32",
+        'bits = "unknown"',
+        "info: accumulators.acc.bits: unknown: not published, and nothing is assumed in its place.",
+    ),
+    (
+        "unused format",
+        "accumulators.acc",
+        "formats.old = { bits = 4 }\naccumulators.acc",
+        "warning: formats.old: no kernel refers to it. Refer to it, or remove it.",
+    ),
+    (
+        "unused kernel",
+        "accumulators.acc",
+        'kernels.old = { input = ["a8"] }\naccumulators.acc',
+        "warning: kernels.old: no operator refers to it. Refer to it, or remove it.",
+    ),
+    (
+        "unused accumulator",
+        ', accumulator = "acc" }',
+        " }",
+        "warning: accumulators.acc: no kernel refers to it. Refer to it, or remove it.",
+    ),
+    (
+        "operator that says nothing",
+        "accumulators.acc",
+        "operators.Reshape = {}\naccumulators.acc",
+        "warning: operators.Reshape: names no kernels and no same_scale rule, so nothing says which formats it takes. "
+        "State one of the two.",
+    ),
+    (
+        "operator the hardware does not have",
+        "accumulators.acc",
+        "operators.Elu = { kernels = [] }\naccumulators.acc",
+        "info: operators.Elu.kernels: is empty: this hardware does not have the operator.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_what_is_missing_is_said(old: str, new: str, message: str) -> None:
+    assert old in TINY and message not in said(TINY)
+    assert message in said(TINY.replace(old, new))
+
+
+def test_data_movement_needs_no_kernel() -> None:
+    text = f'{TINY}operators.Reshape = {{ same_scale = "input_output" }}\n'
+    assert not [line for line in said(text) if "Reshape" in line]
+
+
+def test_kinds_are_compared_with_those_there_are() -> None:
+    lines = said(TINY.replace("Gemm", "Conv2d"), known_kinds=("Conv", "Gemm", "Relu"))
+    assert "warning: operators.Conv2d: 'Conv2d' is not an operator kind qhw knows. Closest: Conv." in lines
+    lines = said(TINY.replace('"Relu"', '["Add", "Relu6"]'), known_kinds=("Conv", "Gemm", "Relu", "Add"))
+    assert "warning: operators.Gemm.fused: 'Relu6' is not an operator kind qhw knows. Closest: Relu." in lines
+
+
+def test_sources_are_asked_for_only_where_a_file_has_some() -> None:
+    text = TINY.replace('name = "acme/tiny"', 'name = "acme/tiny"\nsources = { DOC = "manual" }\nfallback = "host"')
+    text = text.replace("zero_point = 0", 'zero_point = 0, source = { codes = "DOC", per = "memory" }')
+    lines = said(text)
+    assert "warning: fallback: no source beside fallback. Name one, or write memory." in lines
+    assert "warning: formats.a8: no source beside bits, signed, per. Name one, or write memory." in lines
+    assert "warning: formats.w8: no source beside zero_point. Name one, or write memory." in lines
+    assert not [line for line in said(TINY) if "source" in line]
+
+
+def test_findings_carry_their_place_and_come_by_severity(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(TINY.replace(', per = "tensor"', ""))
+    loaded = read_target_file(path)
+    findings = lint(loaded.spec, loaded.located)
+    assert [finding.severity for finding in findings] == ["error", "error", "error", "info", "info"]
+    assert (findings[0].place, findings[0].path) == (f"{path}:3", "formats.a8")
+    assert str(findings[-1]) == f"info: {path}:5  accumulators.acc.overflow: recorded, not used yet."
+
+
+def test_recorded_fields_are_those_marked_in_the_models() -> None:
+    text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "half_even", scale = { kind = "e8m0" }')
+    text = text.replace("operators.Gemm = { ", 'operators.Gemm = { limits = { rank = [2], axis = ["last"] }, ')
+    assert set(recorded_fields(parse_target(text))) == {
+        ("formats", "a8", "rounding"),
+        ("formats", "a8", "scale", "kind"),
+        ("accumulators", "acc", "overflow"),
+        ("operators", "Gemm", "limits", "axis"),
+    }
