@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
 from torch import Tensor, nn
 
 import qhw
 from qhw.engine import QuantizedModel
 from qhw.extension import Registry, load_plugins
 from qhw.schema import parse_target
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
 
 PLUGINS = (batch_norm_folding, min_max, mse, nearest, pipelines)
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 from torch import Tensor, nn
 
 import qhw
 from qhw.engine import QuantizedModel
 from qhw.schema import TargetSpec, load_target_file
+from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 
 _TARGET = """
 schema_version = 1

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from qhw_plugins.batch_norm_folding import fold
 from torch import Tensor, nn
 
 import qhw
 from qhw.engine import QuantizedModel
 from qhw.graph import Graph
+from qhw_plugins.batch_norm_folding import fold
 
 Quantize = Callable[..., QuantizedModel]
 

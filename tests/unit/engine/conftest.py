@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
 from torch import Tensor, nn
 
 import qhw
@@ -14,6 +13,7 @@ from qhw.engine import QuantizedModel
 from qhw.extension import PluginInfo, Registry, hookimpl, load_plugins
 from qhw.graph import Graph
 from qhw.schema import TargetSpec, parse_target
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
 
 SHIPPED = [
     (module.__name__.rpartition(".")[2], module) for module in (batch_norm_folding, min_max, mse, nearest, pipelines)
