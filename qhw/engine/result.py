@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantized model: an ordinary nn.Module that knows its plan, target and encodings."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -60,7 +59,7 @@ class QuantizedModel(nn.Module):
         if missing:
             raise ResultError(f"result: no scale for '{missing[0]}'. Quantize again.")
         simulated = graph.copy()
-        self._float_form = _twin(simulated)
+        self._float_form = simulated.copy(share_tensors=True)
         self._paths = insert_modules(
             simulated,
             plan.points,
@@ -134,12 +133,6 @@ class QuantizedModel(nn.Module):
         """Switch quantizers on or off: all, or those of the named points. Off, the float passes through."""
         for name in self.groups() if points is None else points:
             self.quantizer(name).enabled = enabled
-
-
-def _twin(graph: Graph) -> Graph:
-    """A copy of a graph that holds the same tensors: weights are kept once."""
-    tensors = (*graph.module.parameters(), *graph.module.buffers())
-    return Graph(copy.deepcopy(graph.module, {id(tensor): tensor for tensor in tensors}), graph.batch)
 
 
 def flat_outputs(output: Any) -> list[Tensor]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The captured model: a plain fx.GraphModule of ATen operators, read as operators with names and kinds."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qhw.errors import CaptureError, PlanError, RangeError
+from qhw.graph.copying import copied
 from qhw.graph.operator import Operator, data_nodes, describe, target_name, value_name
 from qhw.graph.rebuild import assign, fetch
 
@@ -119,6 +119,13 @@ class Graph:
         except AttributeError as error:
             raise CaptureError(f"graph: no tensor '{name}'.") from error
 
+    def _holds(self, name: str) -> bool:
+        try:
+            fetch(self.module, name)
+        except AttributeError:
+            return False
+        return True
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Overwrite a parameter or buffer in place, keeping its identity (shared parameters stay shared).
 
@@ -137,7 +144,7 @@ class Graph:
             return operator.bias
         name = f"{(operator.weight or operator.node).rpartition('.')[0]}.bias".lstrip(".")
         shared = operator.weight is not None and self.weight_users(operator.weight)[0].name != operator.name
-        return f"{operator.node}_bias" if shared or name in self.module.state_dict() else name
+        return f"{operator.node}_bias" if shared or self._holds(name) else name
 
     def add_bias(self, operator: Operator, value: Tensor) -> str:
         """Give a convolution or linear operator a bias; returns its name in the state dict.
@@ -199,9 +206,14 @@ class Graph:
         self.module.graph.lint()
         self.module.recompile()
 
-    def copy(self) -> "Graph":
-        """An independent copy: changing it leaves this one alone."""
-        return Graph(copy.deepcopy(self.module), self.batch)
+    def copy(self, *, share_tensors: bool = False) -> "Graph":
+        """An independent copy: changing it leaves this one alone.
+
+        Args:
+            share_tensors: The copy holds this graph's own parameters and buffers, which are then kept once. Its graph
+                and modules are its own all the same.
+        """
+        return Graph(copied(self.module, share_tensors=share_tensors), self.batch)
 
     def fingerprint(self) -> str:
         """SHA-256 of operators, edges and tensor contents; equal for equal models, whatever the object."""

@@ -41,6 +41,9 @@ def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.Grap
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = {}
+            if copies[node].target is torch.ops.aten.view.default:
+                # The same function, and it takes channels-last tensors too, which the convolution before may give.
+                copies[node].target = torch.ops.aten.reshape.default
     remove_inplace(graph)
     switches, names = Switches(root, model), _Names()
     for node, copy in copies.items():

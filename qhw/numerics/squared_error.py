@@ -58,7 +58,7 @@ class HistogramError:
 
     def _exact(self, t: Tensor, z: Tensor) -> Tensor:
         k = torch.arange(self._grid.quant_min, self._grid.quant_max, dtype=torch.float64) - z
-        below = torch.searchsorted(self._centres, (k + 0.5) * t)
+        below = _centres_below((k + 0.5) * t)
         last = self._grid.quant_max - z
         first_moment = last * self._s1[-1] - self._s1[below].sum(1, keepdim=True)
         squares = last.square() * self._n[-1] - ((2 * k + 1) * self._n[below]).sum(1, keepdim=True)
@@ -66,7 +66,7 @@ class HistogramError:
 
     def _fine(self, t: Tensor, z: Tensor) -> Tensor:
         low, high = (self._grid.quant_min - z) * t, (self._grid.quant_max - z) * t
-        below, above = torch.searchsorted(self._centres, low), torch.searchsorted(self._centres, high, right=True)
+        below, above = _centres_below(low), torch.searchsorted(self._centres, high, right=True)
         under = self._s2[below] - 2 * low * self._s1[below] + low.square() * self._n[below]
         n, s1, s2 = (moment[-1] - moment[above] for moment in (self._n, self._s1, self._s2))
         over = s2 - 2 * high * s1 + high.square() * n
@@ -84,6 +84,9 @@ class TensorError:
 
     def __init__(self, rows: Tensor, grid: Grid) -> None:
         self._grid = grid
+        fixed = grid.zero_points if len(grid.zero_points) == 1 else None
+        # Plain numbers, where every candidate has the same zero point: two passes over the rows less.
+        self._bounds = None if fixed is None else (grid.quant_min - fixed[0], grid.quant_max - fixed[0])
         # Every row is brought to a magnitude in [0.5, 1), exactly: the square of 1e30 would overflow float32.
         magnitude = rows.abs().amax(1, keepdim=True).double()
         self._unit = torch.ldexp(torch.ones_like(magnitude), -torch.frexp(magnitude).exponent)
@@ -111,10 +114,29 @@ class TensorError:
         return total
 
     def _block_error(self, block: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        error = (block / scale).round_()
-        error.add_(zero_point).clamp_(self._grid.quant_min, self._grid.quant_max).sub_(zero_point)
-        error.mul_(scale).sub_(block)
+        code = (block / scale).round_()
+        if self._bounds is None:
+            code.add_(zero_point).clamp_(self._grid.quant_min, self._grid.quant_max).sub_(zero_point)
+        else:
+            code.clamp_(*self._bounds)
+        error = torch.addcmul(block, code, scale, value=-1.0)
         return error.square_().sum(1).double()
+
+
+def _centres_below(bound: Tensor) -> Tensor:
+    """How many bin centres lie below each bound, in bin widths: `searchsorted` in a fifth of its time.
+
+    Centres are 0 for the middle bin and +-(i + 1/2) for i = 1 ... 8191, so the count is arithmetic.
+
+    Args:
+        bound: float64 [*shape].
+
+    Returns:
+        Tensor: int32 [*shape], 0 to 16383.
+    """
+    positive = (bound - 0.5).ceil_().clamp_(1, BINS_PER_SIGN)
+    negative = (bound + 0.5).ceil_().clamp_(1 - BINS_PER_SIGN, 0)
+    return torch.where(bound > 0, positive, negative).to(torch.int32).add_(BINS_PER_SIGN - 1)
 
 
 def _prefix(values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qhw.errors import CalibrationError
 from qhw.numerics.affine import check_range
-from qhw.numerics.granularity import Granularity, PerTensor, range_of
+from qhw.numerics.granularity import Granularity, PerTensor, in_memory_order, range_of
 
 BINS_PER_SIGN = 8192
 _BITS = 13
@@ -119,7 +119,7 @@ class Histogram:
         """
         if x.numel() == 0:
             return
-        x = x.detach().float()
+        x = in_memory_order(x.detach().float())
         low, high = x.aminmax()
         check_range(low, high, self.name)
         self._widen(low.item(), high.item())

@@ -449,3 +449,18 @@ def test_a_region_is_refused():
 
     with pytest.raises(CaptureError, match=r"Model: forward holds a region .*torch\.no_grad.*Take it out of forward"):
         capture(returns(with_region), torch.randn(2, 3))
+
+
+def test_a_view_takes_channels_last_tensors_too() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(-1, 4 * 36)
+
+    model, x = Viewed().eval(), torch.randn(4, 3, 8, 8)
+    graph = capture(model, x)
+    last = graph(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, model(x))

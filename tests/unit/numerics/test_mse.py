@@ -18,7 +18,7 @@ from qhw.numerics import (
     mse_qparams_from_tensor,
     qparams_from_range,
 )
-from qhw.numerics.squared_error import HistogramError, TensorError
+from qhw.numerics.squared_error import HistogramError, TensorError, _centres_below
 from qhw.testing import reference
 
 
@@ -232,3 +232,13 @@ def test_the_bytes_do_not_depend_on_the_thread_count():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(errors[0], errors[1])
+
+
+def test_counting_centres_by_arithmetic_equals_a_search() -> None:
+    histogram = Histogram()
+    histogram.update(torch.tensor([1.0, -0.3]))
+    centres = histogram.centres / histogram.bin_width
+    ties = torch.cat([centres, torch.nextafter(centres, centres - 1), torch.nextafter(centres, centres + 1)])
+    random = (torch.rand(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5) * 40_000
+    bounds = torch.cat([ties, random, torch.arange(-8200.0, 8200.0, 0.5, dtype=torch.float64)])
+    assert torch.equal(_centres_below(bounds), torch.searchsorted(centres, bounds).to(torch.int32))

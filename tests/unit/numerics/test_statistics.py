@@ -145,3 +145,15 @@ def test_a_statistic_keeps_no_gradient():
     seen = MinMax()
     seen.update(torch.ones(3, requires_grad=True))
     assert not seen.max.requires_grad
+
+
+def test_the_order_of_the_memory_changes_no_statistic() -> None:
+    x = torch.randn(3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(0, 3).contiguous().transpose(0, 3), x[:, ::2]):
+        same, seen, plain = Histogram(), MinMax(), other.clone(memory_format=torch.contiguous_format)
+        same.update(plain)
+        histogram = Histogram()
+        histogram.update(other)
+        seen.update(other)
+        assert torch.equal(histogram.counts, same.counts)
+        assert (seen.min, seen.max) == (plain.min(), plain.max())
