@@ -457,7 +457,7 @@ def test_a_view_takes_channels_last_tensors_too() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.conv(x).view(-1, 4 * 36)
 
     model, x = Viewed().eval(), torch.randn(4, 3, 8, 8)
