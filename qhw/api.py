@@ -4,7 +4,7 @@
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def plan(
     without: Sequence[str] = (),
     keep_float: Sequence[str] = (),
     formats: dict[str, str] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     registry: Registry | None = None,
 ) -> QuantPlan:
     """Decide how a model is quantized for a target, and why. Nothing is run but the capture.
@@ -80,6 +81,7 @@ def plan(
         without: Algorithms to leave out.
         keep_float: Operator names or patterns (`features.3.*`) that stay in float on the host.
         formats: Point name or pattern -> format id of the target.
+        options: Algorithm -> its options, as {"mse_weights": {"clipping_weight": 3.0}}; `qhw plugin show` lists them.
         registry: Plugins to use; absent: all that are installed.
 
     Returns:
@@ -98,6 +100,7 @@ def plan(
         without=_names(without),
         keep_float=_names(keep_float),
         formats=dict(formats or {}),
+        options={name: dict(values) for name, values in (options or {}).items()},
     )
     labels = calibration is not None and has_labels(calibration, graph)
     resources = Resources(calibration=calibration is not None, labels=labels)
@@ -130,7 +133,8 @@ def quantize(
         seed: For algorithms that draw random numbers.
         progress: Where progress is shown; absent: a bar on a terminal.
         registry: Plugins to use; absent: all that are installed.
-        wishes: With a target: `pipeline`, `prefer`, `without`, `keep_float`, `formats`, as `qhw.plan` takes them.
+        wishes: With a target: `pipeline`, `prefer`, `without`, `keep_float`, `formats`, `options`, as `qhw.plan` takes
+            them.
 
     Returns:
         QuantizedModel: an nn.Module in eval mode.

@@ -3,10 +3,11 @@
 
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor
 
 from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
-from qhw.extension import Algorithm, PluginInfo, hookimpl
+from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.schema import TargetSpec
@@ -14,6 +15,17 @@ from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, sc
 
 _LEAST = "the {value} scale with the smallest squared error"
 _DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
+
+
+class MseWeightsOptions(AlgorithmOptions):
+    """What may be set."""
+
+    clipping_weight: float = Field(
+        1.0,
+        ge=1.0,
+        le=1000.0,
+        description="How much the squared error of a clipped weight counts; 1 is the paper's criterion, 3 clips less.",
+    )
 
 
 class MseWeights(Algorithm):
@@ -28,6 +40,9 @@ class MseWeights(Algorithm):
     name = "mse_weights"
     stage = "weight_range"
     summary = "Weight ranges with the smallest squared error."
+    Options = MseWeightsOptions
+
+    options: MseWeightsOptions
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weight points."""
@@ -37,7 +52,13 @@ class MseWeights(Algorithm):
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Ranges of all planned weights, each scale by itself."""
         for group in context.progress.track(step.sites, "weight ranges, MSE", len(step.sites)):
-            qparams = mse_qparams_from_tensor(work.weight(group), work.grid(group), work.granularity(group), group)
+            qparams = mse_qparams_from_tensor(
+                work.weight(group),
+                work.grid(group),
+                work.granularity(group),
+                group,
+                clipping_weight=self.options.clipping_weight,
+            )
             work.set_qparams(group, qparams)
         return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} weight ranges")
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments and options that several commands share."""
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ __all__ = [
     "ModelArgument",
     "Pipeline",
     "Prefer",
+    "Settings",
     "TargetOption",
     "Without",
     "wishes",
@@ -50,6 +52,10 @@ Formats = Annotated[
     list[str] | None,
     typer.Option("--format", metavar="POINT=FORMAT", help="Format of a point, or of a pattern's. Repeatable."),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="ALGORITHM.OPTION=VALUE", help="Option of an algorithm. Repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
 
 
@@ -59,6 +65,7 @@ def wishes(
     without: list[str] | None,
     keep_float: list[str] | None,
     formats: list[str] | None,
+    settings: list[str] | None,
 ) -> dict[str, Any]:
     """The overrides, as `qhw.plan` takes them."""
     pairs = {}
@@ -73,4 +80,20 @@ def wishes(
         "without": tuple(without or ()),
         "keep_float": tuple(keep_float or ()),
         "formats": pairs,
+        "options": _options(settings or []),
     }
+
+
+def _options(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Algorithm -> option -> value; a value that is no JSON is a word."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        name, separator, value = text.partition("=")
+        algorithm, dot, option = name.partition(".")
+        if not (separator and dot and algorithm and option):
+            raise PlanError(f"--set: must be ALGORITHM.OPTION=VALUE, as 'mse_weights.clipping_weight=3'; got '{text}'.")
+        try:
+            found.setdefault(algorithm, {})[option] = json.loads(value)
+        except ValueError:
+            found.setdefault(algorithm, {})[option] = value
+    return found

@@ -14,6 +14,7 @@ from qhw.cli.options import (
     ModelArgument,
     Pipeline,
     Prefer,
+    Settings,
     TargetOption,
     Without,
     wishes,
@@ -35,6 +36,7 @@ def plan(
     without: Without = None,
     keep_float: KeepFloat = None,
     formats: Formats = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Explain how a model would be quantized for a target: algorithms taken and refused, formats, what is unknown.
@@ -48,7 +50,7 @@ def plan(
     spec = qhw.load_target(target)
     graph = load_model(model)
     data = None if calibration is None else load_data(calibration)
-    asked = wishes(pipeline, prefer, without, keep_float, formats)
+    asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
     made: QuantPlan = qhw.plan(graph, spec, calibration=data, **asked)
     if out is not None:
         _write(out, made.to_json())

@@ -15,6 +15,7 @@ from qhw.cli.options import (
     ModelArgument,
     Pipeline,
     Prefer,
+    Settings,
     TargetOption,
     Without,
     wishes,
@@ -53,6 +54,7 @@ def quantize(
     without: Without = None,
     keep_float: KeepFloat = None,
     formats: Formats = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model for a target and write the result folder: plan, tensors, artefact, scores.
@@ -69,7 +71,7 @@ def quantize(
     data = None if calibration is None else load_data(calibration)
     labelled = None if evaluate is None else load_data(evaluate)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
-    asked = wishes(pipeline, prefer, without, keep_float, formats)
+    asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
     made = _read_plan(plan, asked) if plan else qhw.plan(graph, spec, calibration=data, **asked)
     result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed)
     scores: list[Score] = []

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from qhw.decisions.base import PlanData
+from qhw.decisions.base import Json, PlanData
 from qhw.decisions.resources import Resources
 from qhw.decisions.step import Refusal, Step
 from qhw.decisions.verdict import Reason
@@ -21,6 +21,7 @@ class Overrides(PlanData):
     without: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = ()
     formats: dict[str, str] = Field({}, description="Point name or pattern to format id.")
+    options: dict[str, dict[str, Json]] = Field({}, description="Algorithm to its options that differ from defaults.")
 
 
 class InputShape(PlanData):

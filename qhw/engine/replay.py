@@ -5,19 +5,17 @@ What may be edited: formats of points, and steps. Everything else follows from t
 derived anew; a plan that says otherwise is refused with the field.
 """
 
-import json
 from collections.abc import Mapping
 
-from pydantic import ValidationError
-
 from qhw.decisions import STAGES, QuantPlan, Step
+from qhw.engine.options import options_for
 from qhw.engine.select import target_fingerprint
 from qhw.errors import PlanError, PluginError
-from qhw.extension import AlgorithmOptions, Registry
+from qhw.extension import Registry
 from qhw.graph import Graph, Placement, QuantPoint, place
 from qhw.schema import TargetSpec, closest
 
-__all__ = ["check_plan", "options_of"]
+__all__ = ["check_plan"]
 
 _ROLES: Mapping[str, tuple[str, ...]] = {
     "weight_range": ("weight",),
@@ -53,22 +51,6 @@ def check_plan(plan: QuantPlan, graph: Graph, target: TargetSpec, registry: Regi
     return plan
 
 
-def options_of(step: Step, algorithm_options: type[AlgorithmOptions], where: str) -> AlgorithmOptions:
-    """A step's options as the algorithm takes them.
-
-    Raises:
-        PlanError: an option that it does not have, or with a value it does not take.
-    """
-    try:
-        return algorithm_options.model_validate_json(json.dumps(step.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(["options", *map(str, first["loc"])])
-        known = ", ".join(algorithm_options.model_fields) or "none"
-        message = f"{first['msg']}; options of '{step.algorithm}': {known}"
-        raise PlanError(f"{where}.{field}: {message}. Edit the plan, or plan again.") from error
-
-
 def _check_belongs(plan: QuantPlan, graph: Graph, target: TargetSpec) -> None:
     found = graph.fingerprint()
     if found != plan.model_fingerprint:
@@ -91,7 +73,7 @@ def _check_step(step: Step, where: str, registry: Registry) -> None:
         raise PlanError(f"{where}.algorithm: {error}") from error
     if algorithm.stage != step.stage:
         raise PlanError(f"{where}.stage: '{step.algorithm}' belongs to stage {algorithm.stage}; got {step.stage}.")
-    options_of(step, algorithm.Options, where)
+    options_for(algorithm, step.options, f"{where}.options")
 
 
 def _with_formats(plan: QuantPlan, graph: Graph, target: TargetSpec) -> QuantPlan:

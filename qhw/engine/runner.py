@@ -13,8 +13,9 @@ from qhw.decisions import QuantPlan, Step, StepReport
 from qhw.engine.bias import bias_qparams
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import Calibration
+from qhw.engine.options import options_for
 from qhw.engine.progress import Progress, RichProgress, SilentProgress
-from qhw.engine.replay import check_plan, options_of
+from qhw.engine.replay import check_plan
 from qhw.engine.result import QuantizedModel
 from qhw.engine.work import Context, Work
 from qhw.errors import PlanError, RangeError
@@ -82,7 +83,7 @@ def run(
 
 def _apply(step: Step, work: Work, context: Context, registry: Registry) -> StepReport:
     entry = registry.algorithms[step.algorithm]
-    options = options_of(step, entry.value.Options, f"plan: step '{step.algorithm}'")
+    options = options_for(entry.value, step.options, f"plan: step '{step.algorithm}'.options")
     doing = f"algorithm '{entry.name}': apply"
     with blaming(entry.record, doing):
         answer = entry.value(options).apply(work, step, context)

@@ -9,6 +9,7 @@ from typing import TypeVar
 from qhw.decisions import (
     STAGES,
     InputShape,
+    Json,
     Overrides,
     Pipeline,
     QuantPlan,
@@ -23,6 +24,7 @@ from qhw.decisions import (
 )
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.notes import open_facts
+from qhw.engine.options import options_for
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Algorithm, Registry
 from qhw.extension.registry import Entry
@@ -76,6 +78,7 @@ def select(
     for stage in STAGES[1:]:
         _run_stage(stage, order, graph, placement, target, resources, chosen)
     _require_ranges(target, placement, chosen)
+    _require_used(overrides, chosen)
     return QuantPlan(
         target=target.name,
         target_fingerprint=target_fingerprint(target),
@@ -110,6 +113,7 @@ class _Chosen:
 @dataclass(frozen=True)
 class _Candidate:
     entry: Entry[type[Algorithm]]
+    options: Mapping[str, Json]
     refusal: Reason | None = None
 
 
@@ -123,6 +127,8 @@ class _Order:
         both = sorted(set(overrides.prefer) & set(overrides.without))
         if both:
             raise PlanError(f"plan: '{both[0]}' is both preferred and left out. Drop one of --prefer and --without.")
+        for name, values in overrides.options.items():
+            options_for(_known(registry.algorithm, name, "--set"), values, f"--set {name}")
         for preference in pipeline.stages:
             for name in preference.algorithms:
                 stage = _known(registry.algorithm, name, f"pipeline '{pipeline.name}': stage {preference.stage}").stage
@@ -167,7 +173,7 @@ class _Order:
                 value=entry.name,
                 rule=f"not part of this pipeline; --prefer {entry.name} takes it in",
             )
-        return _Candidate(entry, refusal)
+        return _Candidate(entry, self._overrides.options.get(entry.name, {}), refusal)
 
 
 def _known(look_up: Callable[[str], T], name: str, where: str) -> T:
@@ -205,7 +211,7 @@ def _run_stage(
         if candidate.refusal is not None:
             chosen.refused.append(_refusal(stage, name, candidate.refusal))
             continue
-        survey = _survey(candidate.entry, graph, placement, target, resources)
+        survey = _survey(candidate, graph, placement, target, resources)
         free = [site for site in survey.taken if order.mode(stage) == "all" or site.name not in taken_by]
         if not free:
             chosen.refused.append(Refusal(stage=stage, algorithm=name, verdict=_why_not(survey, taken_by)))
@@ -216,6 +222,7 @@ def _run_stage(
             Step(
                 stage=stage,
                 algorithm=name,
+                options=dict(candidate.options),
                 sites=tuple(site.name for site in free),
                 verdict=_step_verdict(survey, free),
             )
@@ -224,11 +231,13 @@ def _run_stage(
 
 
 def _survey(
-    entry: Entry[type[Algorithm]], graph: Graph, placement: Placement, target: TargetSpec, resources: Resources
+    candidate: _Candidate, graph: Graph, placement: Placement, target: TargetSpec, resources: Resources
 ) -> Survey:
+    entry = candidate.entry
+    options = options_for(entry.value, candidate.options, f"--set {entry.name}")
     doing = f"algorithm '{entry.name}': survey"
     with blaming(entry.record, doing):
-        answer = entry.value().survey(graph, placement, target, resources)
+        answer = entry.value(options).survey(graph, placement, target, resources)
     survey = must_be(answer, Survey, entry.record, doing)
     operators = {operator.name for operator in graph.operators}
     strange = [name for site in survey.taken for name in site.absorbs if name not in operators]
@@ -288,6 +297,15 @@ def _require_ranges(target: TargetSpec, placement: Placement, chosen: _Chosen) -
             f"{point.name}: no algorithm fits target '{target.name}' for its {what} "
             f"({spec.element_bits}-bit, per {spec.per}). {tried or 'None is registered'}. {_way_out(stage, chosen)}"
         )
+
+
+def _require_used(overrides: Overrides, chosen: _Chosen) -> None:
+    """Options of an algorithm that the plan does not run are a wish that is not met."""
+    used = {step.algorithm for step in chosen.steps}
+    for name in overrides.options:
+        if name not in used:
+            why = next((r.verdict.sentence() for r in chosen.refused if r.algorithm == name), "it has no stage here")
+            raise PlanError(f"--set {name}: the plan does not use '{name}': {why}. Leave the option out.")
 
 
 def _way_out(stage: Stage, chosen: _Chosen) -> str:

@@ -140,7 +140,7 @@ def in_memory_order(x: Tensor) -> Tensor:
     """
     if x.is_contiguous():
         return x
-    permuted = x.permute(sorted(range(x.dim()), key=lambda axis: -x.stride(axis)))
+    permuted = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
     return permuted if permuted.is_contiguous() else x
 
 

@@ -56,6 +56,8 @@ def mse_qparams_from_tensor(
     grid: Grid,
     granularity: Granularity = PerTensor(),  # noqa: B008 (frozen)
     name: str = "tensor",
+    *,
+    clipping_weight: float = 1.0,
 ) -> QParams:
     """Qparams that minimize the squared error of a tensor, each parameter by itself.
 
@@ -67,6 +69,9 @@ def mse_qparams_from_tensor(
         grid: What is legal; only legal scales and zero points are tried.
         granularity: Which elements share a scale.
         name: The tensor's name, for messages.
+        clipping_weight: How much the squared error of a clipped element counts. Clipping shrinks a tensor's largest
+            values all the same way, while rounding errors average out over a sum of products, so that more than 1
+            (eq. 16) may serve few bits.
 
     Returns:
         QParams: scale float32 [*P], zero_point int32 [*P].
@@ -83,7 +88,8 @@ def mse_qparams_from_tensor(
     if w.numel() == 0:
         return qparams_from_range(low, high, grid, granularity, name)
     shape = parameter_shape(granularity, tuple(w.shape))
-    best = _search(low.reshape(-1), high.reshape(-1), grid, TensorError(to_rows(w, granularity), grid))
+    error = TensorError(to_rows(w, granularity), grid, clipping_weight)
+    best = _search(low.reshape(-1), high.reshape(-1), grid, error)
     scale, zero_point = best.scale.reshape(shape), best.zero_point.reshape(shape)
     return QParams(scale, zero_point, grid.quant_min, grid.quant_max, granularity)
 

@@ -80,10 +80,12 @@ class TensorError:
     Args:
         rows: float32 [parameters, elements], finite.
         grid: Its code bounds.
+        clipping_weight: The squared error of an element that the grid clips counts this much.
     """
 
-    def __init__(self, rows: Tensor, grid: Grid) -> None:
+    def __init__(self, rows: Tensor, grid: Grid, clipping_weight: float = 1.0) -> None:
         self._grid = grid
+        self._clipping_weight = clipping_weight
         fixed = grid.zero_points if len(grid.zero_points) == 1 else None
         # Plain numbers, where every candidate has the same zero point: two passes over the rows less.
         self._bounds = None if fixed is None else (grid.quant_min - fixed[0], grid.quant_max - fixed[0])
@@ -115,12 +117,15 @@ class TensorError:
 
     def _block_error(self, block: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         code = (block / scale).round_()
+        nearest = code.clone() if self._clipping_weight != 1.0 else None
         if self._bounds is None:
             code.add_(zero_point).clamp_(self._grid.quant_min, self._grid.quant_max).sub_(zero_point)
         else:
             code.clamp_(*self._bounds)
-        error = torch.addcmul(block, code, scale, value=-1.0)
-        return error.square_().sum(1).double()
+        error = torch.addcmul(block, code, scale, value=-1.0).square_()
+        if nearest is not None:
+            error = torch.where(nearest == code, error, error * self._clipping_weight)
+        return error.sum(1).double()
 
 
 def _centres_below(bound: Tensor) -> Tensor:

@@ -57,6 +57,28 @@ def test_wishes_reach_the_plan(qhw_run: Run) -> None:
     assert next(op for op in plan.operators if op.name == "5").where == "host"
 
 
+def test_options_of_algorithms_reach_the_plan(qhw_run: Run) -> None:
+    from qhw import QuantPlan
+
+    plan = QuantPlan.from_json(qhw_run(*PLAN, "--set", "mse_weights.clipping_weight=3", "--json").out)
+    assert next(step.options for step in plan.steps if step.algorithm == "mse_weights") == {"clipping_weight": 3}
+    check_one_line(
+        qhw_run(*PLAN, "--set", "mse_weights=3"), "--set: must be ALGORITHM.OPTION=VALUE", "got 'mse_weights=3'"
+    )
+    check_one_line(
+        qhw_run(*PLAN, "--set", "mse_weights.clipping_weight=few"), "--set mse_weights.clipping_weight: Input"
+    )
+
+
+def test_plugin_show_lists_options(qhw_run: Run) -> None:
+    shown = qhw_run("plugin", "show", "mse_weights")
+    assert "clipping_weight" in shown.out and "the paper's criterion" in shown.out and "stage weight_range" in shown.out
+    facts = json.loads(qhw_run("plugin", "show", "onnx_qdq", "--json").out)
+    assert facts["stage"] is None and facts["options"]["batch"]["default"] == "dynamic"
+    assert "It has no options." in qhw_run("plugin", "show", "nearest").out
+    check_one_line(qhw_run("plugin", "show", "mse_weight"), "no algorithm or exporter", "Closest: mse_weights")
+
+
 def test_quantize_writes_a_result_that_loads(qhw_run: Run, folder: Path) -> None:
     import qhw
 

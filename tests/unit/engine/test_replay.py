@@ -134,7 +134,7 @@ EDITS = {
     "site-of-another-role": (step(1, sites=["fc"]), r"steps\.1\.sites: no group of weight points is called 'fc'\."),
     "option-unknown": (
         step(3, options={"bins": 4}),
-        r"steps\.3\.options\.bins: Extra inputs are not permitted; options of 'mse': none\. Edit the plan",
+        r"steps\.3\.options\.bins: Extra inputs are not permitted; options of 'mse': none\. Give one",
     ),
     "steps-out-of-order": (
         lambda data: data["steps"].reverse(),
@@ -268,7 +268,7 @@ def test_options_of_a_plan_reach_the_algorithm_and_are_checked(
     registry = load(("stranger", plugin((coarse(answer),))))
     replayed({"options": {"factor": 3}}, answer, plan, graph, target, registry, images[:32])
     assert seen == [3]
-    message = r"^plan: steps\.2\.options\.factor: Input should be a valid integer; options of 'coarse': factor\. Edit"
+    message = r"^plan: steps\.2\.options\.factor: Input should be a valid integer; options of 'coarse': factor\. Give"
     with pytest.raises(PlanError, match=message):
         replayed({"options": {"factor": "3"}}, answer, plan, graph, target, registry, images[:32])
 

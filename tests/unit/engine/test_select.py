@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 import qhw
@@ -25,7 +26,7 @@ from qhw.decisions import (
 )
 from qhw.engine import select
 from qhw.errors import PlanError, PluginError
-from qhw.extension import Algorithm, Registry
+from qhw.extension import Algorithm, AlgorithmOptions, Registry
 from qhw.graph import Graph
 from qhw.schema import TargetSpec
 
@@ -317,3 +318,52 @@ def test_reasons_read_as_sentences() -> None:
     assert Reason(subject="a", value=["b", "c"], rule="one of {value}").sentence() == "one of b, c (a)"
     assert Reason(subject="a", value=True, rule="is {value}").sentence() == "is true (a)"
     assert Reason(subject="a", value=None, rule="is {value}").sentence() == "is absent (a)"
+
+
+def test_options_reach_the_survey_and_the_step(
+    graph: Graph, target: TargetSpec, load: Callable[..., Registry], plugin: Callable[..., Any]
+) -> None:
+    class Factor(AlgorithmOptions):
+        factor: int = Field(1, description="for tests")
+
+    def survey(self: Any, graph: Any, points: Any, target: Any, resources: Any) -> Survey:
+        sites = tuple(Site(name=p.group, verdict=Verdict(taken=True)) for p in points.points if p.role == "weight")
+        reason = Reason(subject="--set", value=self.options.factor, rule="factor {value}")
+        return Survey(verdict=Verdict(taken=True, reasons=(reason,)), sites=sites)
+
+    scaled = algorithm("scaled", "round", "weight", survey, (Rank(pipeline="ranges-ptq", before="nearest"),))
+    scaled.Options = Factor
+    registry = load(("stranger", plugin((scaled,))))
+    plan = select(graph, target, registry, DATA, Overrides(options={"scaled": {"factor": 3}}))
+    step = next(step for step in plan.steps if step.algorithm == "scaled")
+    assert step.options == {"factor": 3}
+    assert step.verdict.sentence().startswith("factor 3 (--set)")
+    assert QuantPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neerest": {}}, r"^--set: no algorithm 'neerest'\. Closest: nearest\."),
+        (
+            {"mse_weights": {"clipping_weight": 0.5}},
+            r"^--set mse_weights\.clipping_weight: Input should be greater than or equal to 1; options of "
+            r"'mse_weights': clipping_weight\. Give one of these, or leave it out\.$",
+        ),
+        (
+            {"nearest": {"speed": 1}},
+            r"^--set nearest\.speed: Extra inputs are not permitted; options of 'nearest': none",
+        ),
+        (
+            {"min_max_weights": {}},
+            r"^--set min_max_weights: the plan does not use 'min_max_weights': its sites went to mse_weights, which "
+            r"comes first \(pipeline order\)\. Leave the option out\.$",
+        ),
+    ],
+    ids=["unknown-algorithm", "out-of-range", "unknown-option", "not-in-the-plan"],
+)
+def test_an_option_that_cannot_be_met_is_an_error(
+    graph: Graph, target: TargetSpec, registry: Registry, options: Any, message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        select(graph, target, registry, DATA, Overrides(options=options))

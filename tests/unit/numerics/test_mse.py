@@ -242,3 +242,24 @@ def test_counting_centres_by_arithmetic_equals_a_search() -> None:
     random = (torch.rand(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 0.5) * 40_000
     bounds = torch.cat([ties, random, torch.arange(-8200.0, 8200.0, 0.5, dtype=torch.float64)])
     assert torch.equal(_centres_below(bounds), torch.searchsorted(centres, bounds).to(torch.int32))
+
+
+def test_the_clipping_weight_counts_clipped_elements_as_often_as_it_says() -> None:
+    w = torch.tensor([0.4, -0.9, 1.0, 2.6])
+    # Codes of scale 1 on [-1, 1]: 0, -1, 1, and 3 clipped to 1; errors 0.4, 0.1, 0, 1.6, the last counted 3 times.
+    expected = 0.4**2 + 0.1**2 + 3 * 1.6**2
+    unit = 4.0  # rows are brought to [0.5, 1): 2.6 / 4
+    for grid in (Grid(-1, 1, 0), Grid(-1, 1)):
+        error = TensorError(w.reshape(1, -1), grid, clipping_weight=3.0)
+        found = error(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+        assert found.item() * unit**2 == pytest.approx(expected, rel=1e-6)  # float32 sums
+
+
+def test_a_higher_clipping_weight_clips_less() -> None:
+    w = torch.randn(4, 2_000, generator=torch.Generator().manual_seed(0))
+    grid = Grid(-7, 7, 0)
+    plain, careful = (
+        mse_qparams_from_tensor(w, grid, PerAxis(0), clipping_weight=weight).scale for weight in (1.0, 10.0)
+    )
+    covering = w.abs().amax(1) / 7
+    assert bool(((plain < careful) & (careful <= covering)).all())
