@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATen to ONNX: convolution, linear, matrix product, pooling, normalization, attention."""
+"""ATen to ONNX: convolution, linear, matrix product, mean over the image, normalization, attention."""
 
 import math
 from collections.abc import Mapping
@@ -112,54 +112,6 @@ def _attention(c: Context, node: fx.Node) -> Value:
     return c.op("MatMul", c.op("Softmax", scores, part="softmax", axis=-1), c.tensor(value))
 
 
-def _pool_axes(node: fx.Node) -> int:
-    """Number of pooled axes: the digit in the operator's name."""
-    spatial = next(int(letter) for letter in str(node.target) if letter.isdigit())
-    _batched(node, spatial + 2)
-    return spatial
-
-
-def _max_pool(c: Context, node: fx.Node) -> Value:
-    spatial = _pool_axes(node)
-    kernel = _list(argument(node, 1, "kernel_size"), spatial)
-    if argument(node, 5, "ceil_mode", False):
-        raise NotCovered("ceil_mode")
-    return c.op(
-        "MaxPool",
-        c.tensor(node.args[0]),
-        kernel_shape=kernel,
-        strides=_list(argument(node, 2, "stride", None) or kernel, spatial),
-        pads=_list(argument(node, 3, "padding", 0), spatial) * 2,
-        dilations=_list(argument(node, 4, "dilation", 1), spatial),
-    )
-
-
-def _average_pool(c: Context, node: fx.Node) -> Value:
-    spatial = _pool_axes(node)
-    kernel = _list(argument(node, 1, "kernel_size"), spatial)
-    if argument(node, 4, "ceil_mode", False) or argument(node, 6, "divisor_override", None) is not None:
-        raise NotCovered("ceil_mode or divisor_override")
-    return c.op(
-        "AveragePool",
-        c.tensor(node.args[0]),
-        kernel_shape=kernel,
-        strides=_list(argument(node, 2, "stride", None) or kernel, spatial),
-        pads=_list(argument(node, 3, "padding", 0), spatial) * 2,
-        count_include_pad=int(argument(node, 5, "count_include_pad", True)),
-    )
-
-
-def _adaptive_average_pool(c: Context, node: fx.Node) -> Value:
-    _pool_axes(node)
-    source, result = shape_of(node.args[0])[2:], shape_of(node)[2:]
-    if all(size == 1 for size in result):
-        return c.op("GlobalAveragePool", c.tensor(node.args[0]))
-    if any(size % parts for size, parts in zip(source, result, strict=True)):
-        raise NotCovered("uneven windows")
-    kernel = [size // parts for size, parts in zip(source, result, strict=True)]
-    return c.op("AveragePool", c.tensor(node.args[0]), kernel_shape=kernel, strides=kernel)
-
-
 def _mean(c: Context, node: fx.Node) -> Value | None:
     """GlobalAveragePool for the mean over all of H and W: runtimes have an integer kernel for that one only."""
     source = shape_of(node.args[0])
@@ -254,9 +206,6 @@ TABLE: Mapping[str, Translation] = {
     "aten.mm.default": _matmul,
     "aten.bmm.default": _matmul,
     "aten.scaled_dot_product_attention.default": _attention,
-    **{f"aten.max_pool{n}d.default": _max_pool for n in (1, 2, 3)},
-    **{f"aten.avg_pool{n}d.default": _average_pool for n in (1, 2, 3)},
-    **{f"aten.adaptive_avg_pool{n}d.default": _adaptive_average_pool for n in (1, 2)},
     "aten.mean.dim": _mean,
     "aten.layer_norm.default": _layer_norm,
     "aten.group_norm.default": _group_norm,

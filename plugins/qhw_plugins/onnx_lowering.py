@@ -12,7 +12,7 @@ from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
 from qhw.graph import ATEN_KINDS, VIEW_KINDS
 from qhw.numerics import FakeQuantizer, PerAxis, PerGroup, QParams, quantize
-from qhw_plugins import onnx_elementwise, onnx_layers, onnx_shapes
+from qhw_plugins import onnx_elementwise, onnx_layers, onnx_pooling, onnx_shapes
 from qhw_plugins.onnx_builder import Builder
 from qhw_plugins.onnx_context import Context, NotCovered, Translation, argument
 from qhw_plugins.onnx_encodings import dequantized, implies, int32_bias, quantized, storage_of
@@ -20,7 +20,12 @@ from qhw_plugins.onnx_islands import island
 
 __all__ = ["Lowering"]
 
-_TABLE: Mapping[str, Translation] = {**onnx_elementwise.TABLE, **onnx_layers.TABLE, **onnx_shapes.TABLE}
+_TABLE: Mapping[str, Translation] = {
+    **onnx_elementwise.TABLE,
+    **onnx_layers.TABLE,
+    **onnx_pooling.TABLE,
+    **onnx_shapes.TABLE,
+}
 _WITH_BIAS = ("aten.conv", "aten.linear.")
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, as the engine's own bias scales
 
