@@ -37,6 +37,9 @@ __all__ = ["export", "exporter_for", "load", "load_target", "plan", "quantize", 
 Model = nn.Module | Graph
 """A module, or what `qhw.capture` made of it (capturing is then paid once)."""
 
+# Fingerprint -> the target that a plan of this process was made for: a file's target has no name to find it by again.
+_planned: dict[str, TargetSpec] = {}
+
 
 def load_target(name: str | os.PathLike[str], *, registry: Registry | None = None) -> TargetSpec:
     """A target by name or by file.
@@ -105,6 +108,7 @@ def plan(
     labels = calibration is not None and has_labels(calibration, graph)
     resources = Resources(calibration=calibration is not None, labels=labels)
     made = select(graph, spec, registry, resources, overrides)
+    _planned[made.target_fingerprint] = spec
     registry.plan_ready(made, spec)
     return made
 
@@ -129,7 +133,8 @@ def quantize(
         calibration: Batches of a tensor, a tuple of inputs, or a dict by input name. The result does not depend on
             the batch size: data is cut into micro-batches of 32.
         example_inputs: One batch, needed when a target is given and the model is not captured yet.
-        target: The target of the plan, where it is a file of your own that no plugin registers.
+        target: The target of a plan that was read from a file, where no plugin registers it; a plan that this process
+            made knows its own.
         seed: For algorithms that draw random numbers.
         progress: Where progress is shown; absent: a bar on a terminal.
         registry: Plugins to use; absent: all that are installed.
@@ -148,9 +153,8 @@ def quantize(
             raise PlanError(f"quantize: '{next(iter(wishes))}' is decided by the plan already. Pass it to qhw.plan.")
         made = plan_or_target
         graph = _graph(model, example_inputs if example_inputs is not None else _examples(made, model))
-        wanted = made.target if target is None else target
-        spec = wanted if isinstance(wanted, TargetSpec) else load_target(wanted, registry=registry)
-        data = None if calibration is None else Calibration(calibration, graph)
+        spec = _target_of(made, target, registry)
+        data = _calibration(calibration, graph)
     else:
         if target is not None:
             raise PlanError(
@@ -161,7 +165,7 @@ def quantize(
             plan_or_target if isinstance(plan_or_target, TargetSpec) else load_target(plan_or_target, registry=registry)
         )
         # Once, and for both: an iterator that can be read only once would be used up by the first.
-        data = None if calibration is None else Calibration(calibration, graph)
+        data = _calibration(calibration, graph)
         made = plan(graph, spec, calibration=data, registry=registry, **wishes)
     return run(graph, spec, made, registry, data, progress=progress or default_progress(), seed=seed)
 
@@ -291,6 +295,28 @@ def _graph(model: Model, example_inputs: ExampleInputs | None) -> Graph:
     if example_inputs is None:
         raise CaptureError("example_inputs: needed to capture the model. Pass one batch as the model takes it.")
     return capture(model, example_inputs)
+
+
+def _target_of(made: QuantPlan, target: TargetSpec | str | os.PathLike[str] | None, registry: Registry) -> TargetSpec:
+    """The target given with a plan, else the one it was made for, else the one that its name stands for."""
+    if isinstance(target, TargetSpec):
+        return target
+    if target is not None:
+        return load_target(target, registry=registry)
+    if made.target_fingerprint in _planned:
+        return _planned[made.target_fingerprint]
+    if made.target not in registry.target_names():
+        raise PlanError(
+            f"plan: was made for '{made.target}', which no installed plugin brings. "
+            "Pass its file: target=PATH in Python, --target PATH on the command line."
+        )
+    return load_target(made.target, registry=registry)
+
+
+def _calibration(data: CalibrationData | None, graph: Graph) -> Calibration | None:
+    if data is None or (isinstance(data, Calibration) and data.graph is graph):
+        return data
+    return Calibration(data, graph)
 
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from qhw.cli.options import (
     Pipeline,
     Prefer,
     Settings,
-    TargetOption,
     Without,
     wishes,
 )
@@ -34,6 +33,14 @@ EvaluateOption = Annotated[
 MetricOption = Annotated[
     str | None, typer.Option("--metric", help="module:callable of (outputs, labels) -> number. Absent: top-1.")
 ]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="A target's name (qhw target list), or a path to a .toml file. Absent: the target that --plan names.",
+    ),
+]
 PlanOption = Annotated[
     Path | None, typer.Option("--plan", help="Replay this plan (qhw plan --out) instead of a new one.")
 ]
@@ -42,8 +49,8 @@ SeedOption = Annotated[int, typer.Option("--seed", help="For algorithms that dra
 
 def quantize(
     model: ModelArgument,
-    target: TargetOption,
     out: OutOption,
+    target: TargetOption = None,
     calibration: CalibrationOption = None,
     evaluate: EvaluateOption = None,
     metric: MetricOption = None,
@@ -64,15 +71,19 @@ def quantize(
     """
     import qhw
     from qhw.cli.sources import load_callable, load_data, load_model
-    from qhw.errors import CalibrationError
+    from qhw.errors import CalibrationError, PlanError
 
-    spec = qhw.load_target(target)
+    asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
+    replayed = None if plan is None else _read_plan(plan, asked)
+    spec = None if target is None else qhw.load_target(target)
+    source = replayed or spec
+    if source is None:
+        raise PlanError("--target: needed without --plan. Give a name (qhw target list), or a path to a .toml file.")
     graph = load_model(model)
     data = None if calibration is None else load_data(calibration)
     labelled = None if evaluate is None else load_data(evaluate)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
-    asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
-    made = _read_plan(plan, asked) if plan else qhw.plan(graph, spec, calibration=data, **asked)
+    made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
     result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed)
     scores: list[Score] = []
 

@@ -61,6 +61,11 @@ class Calibration:
         self._is_label_said = False
 
     @property
+    def graph(self) -> Graph:
+        """The model that the samples are for."""
+        return self._graph
+
+    @property
     def num_samples(self) -> int | None:
         """Samples seen in a whole pass; None before the first one."""
         return self._num_samples

@@ -56,7 +56,8 @@ def _check_belongs(plan: QuantPlan, graph: Graph, target: TargetSpec) -> None:
     if found != plan.model_fingerprint:
         raise PlanError(
             f"plan: was made for another model (fingerprint {plan.model_fingerprint[:12]}, this one has "
-            f"{found[:12]}). Plan again for this model."
+            f"{found[:12]}). Plan again for this model; if its weights are drawn at random, seed them, as "
+            "torch.manual_seed(0)."
         )
     if target.name != plan.target:
         raise PlanError(f"plan: was made for '{plan.target}', not for '{target.name}'. Plan again.")

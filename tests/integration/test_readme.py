@@ -84,5 +84,23 @@ def test_the_four_lines_of_python_run(folder: Path, monkeypatch: pytest.MonkeyPa
     assert (folder / "out" / "model.onnx").is_file()
 
 
+def test_the_four_lines_of_python_take_a_file_as_target(folder: Path) -> None:
+    code = next(block for block in blocks("python") if "qhw.load_target" in block)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()).eval()
+    images = torch.randn(16, 3, 8, 8)
+    names = {"model": model, "example_inputs": images[:1], "loader": images.split(4)}
+    exec(code.replace("onnxruntime/cpu-x86-vnni", "tiny.toml"), names)  # noqa: S102 (our own README)
+    assert (folder / "out" / "model.onnx").is_file()
+
+
+def test_the_plan_of_the_readmes_model_is_replayed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = "--calibration net:batches --out"
+    assert run(f"qhw plan net:model --target google/litert-int8 {data} plan.json", monkeypatch, capsys)
+    assert "Result in out" in run(f"qhw quantize net:model --plan plan.json {data} out/net", monkeypatch, capsys)
+
+
 def test_nothing_is_left_to_fill_in() -> None:
     assert "_OUTPUT" not in README

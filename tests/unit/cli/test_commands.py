@@ -119,6 +119,38 @@ def test_a_plan_is_edited_and_replayed(qhw_run: Run, folder: Path) -> None:
     assert [step.algorithm for step in qhw.load(folder / "out/net").steps][-1] == "min_max"
 
 
+def test_a_plan_names_its_target(qhw_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered one need not be given again; a file must be, for a plan holds its name only."""
+    import qhw.api
+
+    for target, name in (("google/litert-int8", "named.json"), ("tiny.toml", "file.json")):
+        assert qhw_run(*PLAN[:2], "--target", target, *PLAN[4:], "--out", name).status == 0
+    monkeypatch.setattr(qhw.api, "_planned", {})  # as another process starts
+    replay = ("quantize", "net:model", "--calibration", "net:batches", "--out", "out/net", "--plan")
+    ran = qhw_run(*replay, "named.json", "--json")
+    assert json.loads(ran.out)["target"] == "google/litert-int8", ran.err
+    check_one_line(
+        qhw_run(*replay, "file.json"),
+        "plan: was made for 'acme/tiny', which no installed plugin brings. Pass its file: target=PATH in Python, "
+        "--target PATH on the command line.",
+    )
+    assert qhw_run(*replay, "file.json", "--target", "tiny.toml").status == 0
+    check_one_line(
+        qhw_run(*replay[:-1]), "--target: needed without --plan. Give a name (qhw target list), or a path to a .toml"
+    )
+
+
+def test_a_plan_of_other_weights_says_what_to_do(qhw_run: Run, folder: Path) -> None:
+    net = folder / "net.py"
+    net.write_text(net.read_text().replace("torch.manual_seed(0)", "torch.seed()"))
+    assert qhw_run(*PLAN, "--out", "plan.json").status == 0
+    check_one_line(
+        qhw_run(*QUANTIZE, "--plan", "plan.json"),
+        "was made for another model",
+        "if its weights are drawn at random, seed them, as torch.manual_seed(0).",
+    )
+
+
 def test_target_commands(qhw_run: Run) -> None:
     listed = json.loads(qhw_run("target", "list", "--json").out)
     assert "espressif/esp32-p4" in [target["name"] for target in listed]

@@ -42,6 +42,21 @@ def replay(graph: Graph, target: TargetSpec, registry: Registry, plan: QuantPlan
     return make
 
 
+def test_a_plan_knows_the_target_of_a_file(
+    graph: Graph, target: TargetSpec, registry: Registry, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = qhw.plan(graph, target, calibration=images, registry=registry)
+    for plan in (made, QuantPlan.from_json(made.to_json())):
+        assert qhw.quantize(graph, plan, calibration=images[:32], registry=registry).target == target
+    monkeypatch.setattr(qhw.api, "_planned", {})  # as another process starts
+    message = (
+        r"^plan: was made for 'acme/tiny', which no installed plugin brings\. Pass its file: target=PATH in Python"
+    )
+    with pytest.raises(PlanError, match=message):
+        qhw.quantize(graph, made, calibration=images[:32], registry=registry)
+    assert qhw.quantize(graph, made, calibration=images[:32], target=target, registry=registry).target == target
+
+
 def named(items: Any, name: str) -> Any:
     return next(item for item in items if item["name"] == name)
 
@@ -147,7 +162,8 @@ EDITS = {
     ),
     "another-model": (
         lambda data: data.update(model_fingerprint="0" * 64),
-        r"plan: was made for another model \(fingerprint 000000000000, this one has [0-9a-f]{12}\)\. Plan again for th",
+        r"plan: was made for another model \(fingerprint 000000000000, this one has [0-9a-f]{12}\)\. Plan again for this "
+        r"model; if its weights are drawn at random, seed them, as torch\.manual_seed\(0\)\.$",
     ),
     "another-target": (
         lambda data: data.update(target="acme/big"),
