@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx.inliner import inline_local_functions
@@ -31,7 +32,7 @@ def island(c: Context, node: fx.Node) -> Value:
     """
     c.builder.require(18, str(node.target))
     if c.builder.opset < 18:  # the graph will be built again; any name will do
-        return c.op("Identity", c.tensor(next(a for a in node.all_input_nodes if "shape" in a.meta)))
+        return c.builder.constant(0.0, np.float32)
     module, inputs = _alone(node)
     model = _translated(module, inputs, c, node)
     return _take_over(c, node, model, [c.tensor(source) for source in inputs])
@@ -81,12 +82,19 @@ def _translated(module: fx.GraphModule, inputs: list[fx.Node], c: Context, node:
             return program.model_proto  # type: ignore[no-any-return]
         except Exception as error:
             # torch raises many kinds, with pages of text; the operator's name is what helps.
-            cause = error.__cause__ or error
-            problem = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+            problem = _first_cause(error)
     raise ExportError(
         f"exporter 'onnx_qdq': {c.name}: operator '{node.target}' has no ONNX form: {problem}. "
         "Replace it in the model, or choose another exporter."
     )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of the error that the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def _dynamic(varying: Mapping[fx.Node, tuple[bool, ...]], node: fx.Node) -> dict[int, Any] | None:

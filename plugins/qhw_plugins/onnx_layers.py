@@ -173,18 +173,16 @@ def _instance_norm(c: Context, node: fx.Node) -> Value:
 
 
 def batch_norm(c: Context, node: fx.Node, module: Any) -> Value:
-    """A batch norm that no step folded, in eval mode.
-
-    Raises:
-        NotCovered: it keeps no statistics, so it computes those of each batch.
-    """
-    if module.running_mean is None or module.running_var is None:
-        raise NotCovered("no running statistics")
-    mean = module.running_mean.detach().cpu()
+    """A batch norm that no step folded, in eval mode; without running statistics it uses those of each batch."""
+    source = shape_of(node.args[0])
 
     def stored(tensor: Tensor | None, fill: float, part: str) -> str:
-        array = np.full(tuple(mean.shape), fill, np.float32) if tensor is None else tensor.detach().cpu().numpy()
+        array = np.full(source[1], fill, np.float32) if tensor is None else tensor.detach().cpu().numpy()
         return c.builder.initializer(np.array(array), f"{c.name}/{part}")
+
+    if module.running_mean is None or module.running_var is None:
+        factors = [stored(t, f, p) for t, f, p in ((module.weight, 1.0, "weight"), (module.bias, 0.0, "bias"))]
+        return _batch_statistics(c, c.tensor(node.args[0]), len(source), float(module.eps), *factors)
 
     parameters = (
         stored(module.weight, 1.0, "weight"),
@@ -193,6 +191,19 @@ def batch_norm(c: Context, node: fx.Node, module: Any) -> Value:
         stored(module.running_var, 1.0, "variance"),
     )
     return c.op("BatchNormalization", c.tensor(node.args[0]), *parameters, epsilon=float(module.eps))
+
+
+def _batch_statistics(c: Context, x: str, rank: int, eps: float, weight: str, bias: str) -> str:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, with statistics over all axes but the channels'."""
+    axes = [axis for axis in range(rank) if axis != 1]
+    centred = c.op("Sub", x, reduce(c, "ReduceMean", x, axes, True, part="mean"), part="centred")
+    square = c.op("Mul", centred, centred, part="square")
+    variance = reduce(c, "ReduceMean", square, axes, True, part="variance")
+    deviation = c.op("Sqrt", c.op("Add", variance, c.builder.constant(eps, np.float32), part="sum"), part="deviation")
+    per_channel = c.builder.ints([-1] + [1] * (rank - 2))
+    scale, shift = (c.op("Reshape", item, per_channel, part="per_channel") for item in (weight, bias))
+    normed = c.op("Div", centred, deviation, part="normed")
+    return c.op("Add", c.op("Mul", normed, scale, part="scaled"), shift)
 
 
 TABLE: Mapping[str, Translation] = {

@@ -12,7 +12,7 @@ from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
 from qhw.graph import ATEN_KINDS, VIEW_KINDS
 from qhw.numerics import FakeQuantizer, PerAxis, PerGroup, QParams, quantize
-from qhw_plugins import onnx_elementwise, onnx_layers, onnx_pooling, onnx_shapes
+from qhw_plugins import onnx_elementwise, onnx_layers, onnx_pooling, onnx_recurrent, onnx_shapes
 from qhw_plugins.onnx_builder import Builder
 from qhw_plugins.onnx_context import Context, NotCovered, Translation, argument
 from qhw_plugins.onnx_encodings import dequantized, implies, int32_bias, quantized, storage_of
@@ -24,6 +24,7 @@ _TABLE: Mapping[str, Translation] = {
     **onnx_elementwise.TABLE,
     **onnx_layers.TABLE,
     **onnx_pooling.TABLE,
+    **onnx_recurrent.TABLE,
     **onnx_shapes.TABLE,
 }
 _WITH_BIAS = ("aten.conv", "aten.linear.")
@@ -106,13 +107,7 @@ class Lowering:
         elif type(module).__name__ == "Dropout":
             self._pass_through(node)
         elif type(module).__name__ == "BatchNorm":
-            try:
-                c.set(node, onnx_layers.batch_norm(c, node, module))
-            except NotCovered as error:
-                raise ExportError(
-                    f"exporter 'onnx_qdq': {c.name}: batch norm has no ONNX form here: {error}. "
-                    "Train it with track_running_stats=True, or replace it."
-                ) from error
+            c.set(node, onnx_layers.batch_norm(c, node, module))
         else:
             raise ExportError(
                 f"exporter 'onnx_qdq': {c.name}: no ONNX form for a module of type {type(module).__name__}. "

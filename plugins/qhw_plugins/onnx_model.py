@@ -12,7 +12,6 @@ from torch import Tensor, fx
 import qhw
 from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
-from qhw.numerics import FakeQuantizer
 from qhw_plugins.onnx_context import DTYPES
 from qhw_plugins.onnx_lowering import Lowering
 
@@ -155,14 +154,18 @@ def _varying(result: QuantizedModel) -> dict[fx.Node, tuple[bool, ...]]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph once without its quantizers, which change no shape, and notes the shape of every value."""
+    """Runs the graph once and notes the shape of every value.
+
+    Submodules, which change no shape, are left out: quantizers, dropout, and batch norm, which would take the zeros
+    into its statistics when it is exported in training mode.
+    """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), FakeQuantizer):
+        if n.op == "call_module":
             value = self.fetch_args_kwargs_from_env(n)[0][0]
         else:
             value = super().run_node(n)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exporter `onnx_qdq`: ONNX with QuantizeLinear and DequantizeLinear, integer weights and int32 biases."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field
 from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
 from qhw.extension import AlgorithmOptions, Exporter, PluginInfo, hookimpl
-from qhw.numerics import PerTensor
+from qhw.numerics import FakeQuantizer, PerTensor
 from qhw_plugins.onnx_encodings import size_in_bytes, storage_of
 from qhw_plugins.onnx_model import HIGHEST_OPSET, LOWEST_OPSET, build
 
@@ -49,8 +50,11 @@ class OnnxQdq(Exporter):
     options: OnnxQdqOptions
 
     def check(self, result: QuantizedModel) -> tuple[str, ...]:
-        """What QDQ cannot say: wide or finer-than-tensor activations, another rounding, quantizers switched off."""
-        problems: dict[str, None] = {}
+        """What QDQ cannot say.
+
+        Tensors that are no float32, wide or finer-than-tensor activations, another rounding, quantizers switched off.
+        """
+        problems: dict[str, None] = dict.fromkeys(_other_floats(result))
         for point in result.plan.points:
             quantizer = result.quantizer(point.group)
             qparams, activation = quantizer.qparams, point.role not in ("weight", "bias")
@@ -89,6 +93,21 @@ class OnnxQdq(Exporter):
         path = folder / "model.onnx"
         path.write_bytes(model.SerializeToString(deterministic=True))
         return (path,)
+
+
+def _other_floats(result: QuantizedModel) -> Iterator[str]:
+    """The first tensor of each type that the artefact cannot have: QuantizeLinear of opset 13 takes float32 alone."""
+    seen: set[str] = set()
+    modules = dict(result.module.named_modules())
+    for node in result.module.graph.nodes:
+        quantizes = node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantizer)
+        tensor = node.all_input_nodes[0] if quantizes else node
+        dtype = str(tensor.meta.get("dtype", "float32"))
+        wrong = dtype != "float32" if quantizes else dtype == "bfloat16"
+        if wrong and dtype not in seen:
+            seen.add(dtype)
+            what = "is quantized, which takes float32" if quantizes else "has no ONNX form here"
+            yield f"{tensor.meta.get('name', tensor.target)}: {dtype} {what}; convert with model.float(), quantize again"
 
 
 @hookimpl

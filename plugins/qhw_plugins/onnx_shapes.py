@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from onnx import helper
 from torch import fx
 
-from qhw_plugins.onnx_context import Context, NotCovered, Translation, Value, argument, shape_of
+from qhw_plugins.onnx_context import DTYPES, Context, NotCovered, Translation, Value, argument, shape_of
 
 __all__ = ["SIZES", "TABLE"]
 
@@ -216,6 +217,21 @@ def _resize(mode: str) -> Translation:
     return translate
 
 
+def _filled(fill: float | None) -> Translation:
+    """A tensor of one number, in a computed shape or in that of another tensor; None takes the number given."""
+
+    def translate(c: Context, node: fx.Node) -> Value:
+        like = str(node.target).split(".")[1].endswith("_like")
+        shape: Any = c.op("Shape", c.tensor(node.args[0]), part="shape") if like else c.sizes(node.args[0])  # type: ignore[arg-type]
+        value = node.args[1] if fill is None else fill
+        if isinstance(value, fx.Node):
+            raise NotCovered("a computed number")
+        number = helper.make_tensor("value", DTYPES[node.meta["dtype"]], [1], [value])
+        return c.op("ConstantOfShape", shape if isinstance(shape, str) else c.builder.ints(shape), value=number)
+
+    return translate
+
+
 def _item(c: Context, node: fx.Node) -> Value:
     source: Any = node.args[0]
     values = c.values(source)
@@ -277,6 +293,11 @@ TABLE: Mapping[str, Translation] = {
     "aten.split_with_sizes.default": _split,
     "aten.unbind.int": _unbind,
     "aten.expand.default": _expand,
+    **{
+        f"aten.{n}{s}.default": _filled(f)
+        for n, f in (("zeros", 0), ("ones", 1), ("full", None))
+        for s in ("", "_like")
+    },
     "aten.repeat.default": _repeat,
     "aten.pixel_shuffle.default": _pixel_shuffle,
     "aten.channel_shuffle.default": _channel_shuffle,
