@@ -165,10 +165,7 @@ class _Recorder(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_module":
-            value = self.fetch_args_kwargs_from_env(n)[0][0]
-        else:
-            value = super().run_node(n)
+        value = self.fetch_args_kwargs_from_env(n)[0][0] if n.op == "call_module" else super().run_node(n)
         first = value[0] if isinstance(value, tuple | list) and value else value
         if isinstance(first, Tensor) and n.op not in ("get_attr", "output"):
             self.shapes[n] = tuple(first.shape)

@@ -107,7 +107,8 @@ def _other_floats(result: QuantizedModel) -> Iterator[str]:
         if wrong and dtype not in seen:
             seen.add(dtype)
             what = "is quantized, which takes float32" if quantizes else "has no ONNX form here"
-            yield f"{tensor.meta.get('name', tensor.target)}: {dtype} {what}; convert with model.float(), quantize again"
+            name = tensor.meta.get("name", tensor.target)
+            yield f"{name}: {dtype} {what}; convert with model.float(), then quantize again"
 
 
 @hookimpl

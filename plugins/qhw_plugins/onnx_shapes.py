@@ -223,7 +223,7 @@ def _filled(fill: float | None) -> Translation:
     def translate(c: Context, node: fx.Node) -> Value:
         like = str(node.target).split(".")[1].endswith("_like")
         shape: Any = c.op("Shape", c.tensor(node.args[0]), part="shape") if like else c.sizes(node.args[0])  # type: ignore[arg-type]
-        value = node.args[1] if fill is None else fill
+        value: Any = node.args[1] if fill is None else fill
         if isinstance(value, fx.Node):
             raise NotCovered("a computed number")
         number = helper.make_tensor("value", DTYPES[node.meta["dtype"]], [1], [value])
