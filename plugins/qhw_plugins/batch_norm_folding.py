@@ -9,6 +9,7 @@ from torch import Tensor
 from qhw.decisions import Reason, Resources, Site, Step, StepReport, Survey, Verdict
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
+from qhw.numerics import ChannelNormal
 from qhw.schema import TargetSpec
 
 _FOLDABLE = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
@@ -51,8 +52,18 @@ class BatchNormFolding(Algorithm):
         pairs = [(norm, work.graph.operator(norm.inputs[0])) for norm in map(work.graph.operator, step.sites)]
         with work.graph.changes():
             for norm, producer in pairs:
+                work.normals[producer.name] = normal_of(work.graph, norm)
                 fold(work.graph, producer, norm)
         return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} batch norms folded")
+
+
+def normal_of(graph: Graph, norm: Operator) -> ChannelNormal:
+    """What a batch norm makes of a normalized input: mean beta, standard deviation |gamma| (paper, eqs. 18, 19)."""
+    module: Any = graph.module.get_submodule(str(norm.attributes["module"]))
+    ones = torch.ones_like(module.running_var, dtype=torch.float64)
+    std = ones if module.weight is None else module.weight.detach().double().abs()
+    mean = torch.zeros_like(ones) if module.bias is None else module.bias.detach().double()
+    return ChannelNormal(mean, std)
 
 
 def fold(graph: Graph, producer: Operator, norm: Operator) -> None:

@@ -5,6 +5,8 @@ from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import MICRO_BATCH, Calibration, CalibrationData, has_labels
 from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, top1
 from qhw.engine.folder import is_result_folder, load_result, save_result, written_files
+from qhw.engine.layerwise import Layer, layers
+from qhw.engine.matrix_form import MatrixForm
 from qhw.engine.progress import Progress, RichProgress, SilentProgress, default_progress
 from qhw.engine.result import QuantizedModel
 from qhw.engine.runner import run
@@ -18,6 +20,8 @@ __all__ = [
     "Calibration",
     "CalibrationData",
     "Context",
+    "Layer",
+    "MatrixForm",
     "Metric",
     "Progress",
     "QuantizedModel",
@@ -34,6 +38,7 @@ __all__ = [
     "float_bytes",
     "has_labels",
     "is_result_folder",
+    "layers",
     "load_result",
     "must_be",
     "quantized_bytes",

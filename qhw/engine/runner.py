@@ -26,6 +26,7 @@ from qhw.schema import TargetSpec
 
 __all__ = ["run"]
 
+_PRESERVING = ("prepare", "equalize")  # the stages that leave the model's function as it is
 _log = logging.getLogger("qhw")
 
 
@@ -85,6 +86,8 @@ def _apply(step: Step, work: Work, context: Context, registry: Registry) -> Step
     entry = registry.algorithms[step.algorithm]
     options = options_for(entry.value, step.options, f"plan: step '{step.algorithm}'.options")
     doing = f"algorithm '{entry.name}': apply"
+    if step.stage not in _PRESERVING:
+        work.keep_reference()
     with blaming(entry.record, doing):
         answer = entry.value(options).apply(work, step, context)
     report = must_be(answer, StepReport, entry.record, doing)

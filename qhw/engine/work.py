@@ -14,7 +14,7 @@ from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
 from qhw.errors import CalibrationError, PlanError, RangeError
 from qhw.graph import Graph, QuantPoint
-from qhw.numerics import Granularity, Grid, QParams, fake_quantize, legal_scale
+from qhw.numerics import ChannelNormal, Granularity, Grid, QParams, fake_quantize, legal_scale
 from qhw.schema import TargetSpec
 
 __all__ = ["Context", "Statistic", "Work"]
@@ -32,12 +32,21 @@ S = TypeVar("S", bound=Statistic)
 
 
 class Context:
-    """What a step works with: data, progress, seed."""
+    """What a step works with.
 
-    def __init__(self, calibration: Calibration | None, progress: Progress, seed: int) -> None:
+    Attributes:
+        progress: Where progress is shown.
+        seed: For algorithms that draw random numbers.
+        memory_bytes: Activations that `layers` keeps in memory; what is beyond lies in temporary files. 2 GiB.
+    """
+
+    def __init__(
+        self, calibration: Calibration | None, progress: Progress, seed: int, memory_bytes: int = 2**31
+    ) -> None:
         self._calibration = calibration
         self.progress = progress
         self.seed = seed
+        self.memory_bytes = memory_bytes
 
     @property
     def calibration(self) -> Calibration:
@@ -59,6 +68,8 @@ class Work:
         target: The accelerator.
         plan: What is to be done.
         qparams: Group of points -> QParams found so far.
+        normals: Operator -> the distribution of its output's channels, where a batch norm that is folded into it tells.
+            Whoever rescales or shifts channels afterwards keeps it in step.
     """
 
     def __init__(self, graph: Graph, target: TargetSpec, plan: QuantPlan) -> None:
@@ -66,10 +77,25 @@ class Work:
         self.target = target
         self.plan = plan
         self.qparams: dict[str, QParams] = {}
+        self.normals: dict[str, ChannelNormal] = {}
+        self._reference: Graph | None = None
         self._points = {point.name: point for point in plan.points}
         self._groups: dict[str, list[QuantPoint]] = {}
         for point in plan.points:
             self._groups.setdefault(point.group, []).append(point)
+
+    @property
+    def reference(self) -> Graph:
+        """The float model in the state of the stages that preserve its function: what quantization is measured by.
+
+        Before the first step that does not preserve the function it is the working graph itself. Not to be changed.
+        """
+        return self.graph if self._reference is None else self._reference
+
+    def keep_reference(self) -> None:
+        """Keep the float model as it is now, once; the runner calls this."""
+        if self._reference is None:
+            self._reference = self.graph.copy()
 
     def group(self, name: str) -> tuple[QuantPoint, ...]:
         """The points that share one scale and zero point."""

@@ -7,6 +7,7 @@ from qhw.numerics.fake_quantizer import FakeQuantizer
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
+from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, quantize
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_right
@@ -14,6 +15,7 @@ from qhw.numerics.statistics import Histogram, MinMax
 
 __all__ = [
     "ROUNDING_RULES",
+    "ChannelNormal",
     "FakeQuantizer",
     "Granularity",
     "Grid",

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations of many samples, in memory up to a budget and in memory-mapped files beyond it."""
+
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+__all__ = ["ActivationStore"]
+
+
+class ActivationStore:
+    """Keeps lists of tensors by key.
+
+    Args:
+        budget_bytes: What may stay in memory; each further list is written to a temporary file of its own, gone when
+            the list is dropped or the store is closed.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget = budget_bytes
+        self._held: dict[int, tuple[Tensor, ...]] = {}
+        self._in_memory: dict[int, int] = {}
+        self._files: dict[int, Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._next = 0
+
+    def __enter__(self) -> "ActivationStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def spilled(self) -> int:
+        """Lists that lie in files now."""
+        return len(self._files)
+
+    def put(self, tensors: list[Tensor]) -> int:
+        """Keep a list of tensors of one dtype; returns its key."""
+        key = self._next
+        self._next += 1
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if sum(self._in_memory.values()) + size <= self._budget:
+            self._in_memory[key] = size
+            self._held[key] = tuple(tensors)
+        else:
+            self._held[key] = self._spill(key, tensors)
+        return key
+
+    def get(self, key: int) -> tuple[Tensor, ...]:
+        """The tensors of a key, in order."""
+        return self._held[key]
+
+    def drop(self, key: int) -> None:
+        """Forget a list."""
+        del self._held[key]
+        self._in_memory.pop(key, None)
+        file = self._files.pop(key, None)
+        if file is not None:
+            file.unlink(missing_ok=True)
+
+    def _spill(self, key: int, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        if self._folder is None:
+            # Windows keeps a mapped file until the last view is gone; what is left then is the system's to clean.
+            self._folder = tempfile.TemporaryDirectory(prefix="qhw-", ignore_cleanup_errors=True)
+        file = self._files[key] = Path(self._folder.name) / str(key)
+        total = sum(tensor.numel() for tensor in tensors)
+        mapped = torch.from_file(str(file), shared=True, size=max(total, 1), dtype=tensors[0].dtype)
+        placed, start = [], 0
+        for tensor in tensors:
+            view = mapped[start : start + tensor.numel()].view(tensor.shape)
+            placed.append(view.copy_(tensor))
+            start += tensor.numel()
+        return tuple(placed)
