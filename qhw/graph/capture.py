@@ -49,6 +49,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, dynamic_batch: b
         raise CaptureError(f"model: must be a torch.nn.Module; got {type(model).__name__}. Pass an instance of one.")
     name = type(model).__name__
     _check_names(model, name)
+    _check_shapes_known(model, name)
     args, kwargs = as_call(example_inputs)
     kwargs = _in_signature_order(model, kwargs)
     batch = batch_of((args, kwargs))
@@ -65,7 +66,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, dynamic_batch: b
         raise CaptureError(f"{name}: {error}") from error
     with torch.no_grad():
         observed = _ShapeRecorder(module.eval()).run(*torch.utils._pytree.tree_leaves((args, kwargs)))
-    _compare(name, expected, observed)
+    _compare(name, expected, observed, exported)
     return Graph(module, 1 if _is_unbatched(module) else batch)
 
 
@@ -76,6 +77,15 @@ def _check_names(model: nn.Module, name: str) -> None:
             raise CaptureError(
                 f"{name}: {path!r} cannot be captured: names of modules and tensors hold letters, digits, _ and - "
                 "only. Rename it."
+            )
+
+
+def _check_shapes_known(model: nn.Module, name: str) -> None:
+    """A lazy layer draws its weights at the first batch; drawn in our copy, they would not be the model's."""
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(
+                f"{name}: {path} has no shape yet, as its layer is lazy. Run the model on one batch before."
             )
 
 
@@ -102,7 +112,10 @@ def _in_signature_order(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, A
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     unknown = [name for name in kwargs if name not in known]
     if unknown and not takes_any:
-        raise CaptureError(f"example_inputs: no input '{unknown[0]}'. Inputs of the model: {', '.join(known)}.")
+        raise CaptureError(
+            f"example_inputs: no input '{unknown[0]}'. Inputs of the model: {', '.join(known)}. A dict gives inputs by "
+            "name; one that forward takes as a whole is not supported: let it take each tensor as an input of its own."
+        )
     ordered = {name: kwargs[name] for name in known if name in kwargs}
     return {**ordered, **kwargs}
 
@@ -187,7 +200,7 @@ class _ShapeRecorder(fx.Interpreter):
         return value
 
 
-def _compare(name: str, expected: Any, observed: Any) -> None:
+def _compare(name: str, expected: Any, observed: Any, exported: Any) -> None:
     wanted, got = _tensors(_as_plain(expected)), _tensors(observed)
     same = len(wanted) == len(got)
     for index, (a, b) in enumerate(zip(wanted, got, strict=False)):
@@ -196,9 +209,16 @@ def _compare(name: str, expected: Any, observed: Any) -> None:
         close = a.shape == b.shape and torch.allclose(_wide(a), _wide(b), rtol=0, atol=bound, equal_nan=True)
         if not (same and close):
             raise CaptureError(
-                f"{name}: output {index} of the captured graph differs from the model's. "
-                "Is something random, or does forward keep state? Remove that in eval mode."
+                f"{name}: output {index} of the captured graph differs from the model's. {_cause(exported)}"
             )
+
+
+def _cause(exported: Any) -> str:
+    """Why a captured graph may compute something else than its model."""
+    for node in exported.graph.nodes:
+        if target_name(node) == "aten.batch_norm.default" and node.args[3] is not None and node.args[5]:
+            return f"'{node.name}' is a batch norm that trains in eval mode, too. Give it training=self.training."
+    return "Is something random, or does forward keep state? Remove that in eval mode."
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def as_call(example: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for `model(*args, **kwargs)`.
 
     Raises:
-        CaptureError: not tensors, or none at all.
+        CaptureError: not tensors, none at all, or some inside a container.
     """
     if isinstance(example, Tensor):
         return (example,), {}
@@ -35,7 +35,24 @@ def as_call(example: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     values = [*args, *kwargs.values()]
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(values)):
         raise CaptureError("example_inputs: no tensor among them. Pass one example batch, as the model takes it.")
+    for where, value in (*((f"input {i}", v) for i, v in enumerate(args)), *((f"'{n}'", v) for n, v in kwargs.items())):
+        _check_tensor(value, where)
     return args, kwargs
+
+
+def _check_tensor(value: Any, where: str) -> None:
+    """An input is a tensor: calibration data and artefacts have no place for anything else."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping | tuple | list):
+        raise CaptureError(
+            f"example_inputs: {where} is a {kind}, and nested inputs are not supported. Let forward take each of its "
+            "tensors as an input of its own."
+        )
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"example_inputs: {where} must be a tensor; got {kind}. Give it a default in forward and leave it out, or "
+            "fix it in a module around the model."
+        )
 
 
 def batch_of(values: object) -> int:

@@ -162,8 +162,8 @@ EDITS = {
     ),
     "another-model": (
         lambda data: data.update(model_fingerprint="0" * 64),
-        r"plan: was made for another model \(fingerprint 000000000000, this one has [0-9a-f]{12}\)\. Plan again for this "
-        r"model; if its weights are drawn at random, seed them, as torch\.manual_seed\(0\)\.$",
+        r"plan: was made for another model \(fingerprint 000000000000, this one has [0-9a-f]{12}\)\. Plan again for "
+        r"this model; if its weights are drawn at random, seed them, as torch\.manual_seed\(0\)\.$",
     ),
     "another-target": (
         lambda data: data.update(target="acme/big"),

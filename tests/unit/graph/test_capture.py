@@ -369,19 +369,66 @@ def test_a_decision_on_values_names_the_line_and_the_way_out(capfd):
     ("inputs", "message"),
     [
         (torch.randn(2, 4, 8, 8), r"_ConvChain: fails on example_inputs: .*channels.*Pass inputs of the shape"),
-        ({"image": torch.randn(2, 3, 8, 8)}, r"example_inputs: no input 'image'\. Inputs of the model: x\."),
+        (
+            {"image": torch.randn(2, 3, 8, 8)},
+            r"example_inputs: no input 'image'\. Inputs of the model: x\. A dict gives",
+        ),
         (3.0, r"example_inputs: must be a tensor, a tuple of tensors or a dict by input name; got float"),
         ((1, "a"), r"example_inputs: no tensor among them"),
         ((), r"example_inputs: no tensor among them"),
         (torch.randn(0, 3, 8, 8), r"example_inputs: the batch \(axis 0\) is empty"),
+        (
+            (torch.randn(2, 3, 8, 8), 2.0),
+            r"example_inputs: input 1 must be a tensor; got float\. Give it a default in forward and leave it out",
+        ),
+        ({"x": torch.randn(2, 3, 8, 8), "mask": None}, r"example_inputs: 'mask' must be a tensor; got NoneType\. Give"),
+        (
+            (torch.randn(2, 3), {"x": torch.randn(2, 3)}),
+            r"example_inputs: input 1 is a dict, and nested inputs are not supported\. Let forward take each of its",
+        ),
+        ({"d": [torch.randn(2, 3)]}, r"example_inputs: 'd' is a list, and nested inputs are not supported\."),
         ((torch.randn(2, 3, 8, 8),) * 2, r"_ConvChain: fails on example_inputs: .*positional arguments"),
     ],
-    ids=["shape", "name", "number", "no-tensor", "nothing", "empty-batch", "too-many"],
+    ids=[
+        "shape",
+        "name",
+        "number",
+        "no-tensor",
+        "nothing",
+        "empty-batch",
+        "number-beside",
+        "none-beside",
+        "dict-inside",
+        "list-inside",
+        "too-many",
+    ],
 )
 def test_wrong_example_inputs(inputs, message):
     model, _ = example("conv_chain")
     with pytest.raises(CaptureError, match=message):
         capture(model, inputs)
+
+
+def test_a_dict_that_forward_takes_whole_says_what_to_do():
+    class Reads(nn.Module):
+        def forward(self, d):
+            return d["x"] + 1
+
+    with pytest.raises(CaptureError, match=r"no input 'x'\. Inputs of the model: d\. .* let it take each tensor as an"):
+        capture(Reads(), {"x": torch.randn(2, 3)})
+
+
+@pytest.mark.parametrize(
+    ("layer", "path"), [(nn.LazyLinear(4), r"0\.weight"), (nn.LazyBatchNorm1d(), r"0\.running_mean|0\.weight")]
+)
+def test_a_lazy_layer_is_refused_until_it_has_seen_a_batch(layer, path):
+    model = nn.Sequential(layer).eval()
+    with pytest.raises(
+        CaptureError, match=rf"Sequential: ({path}) has no shape yet, as its layer is lazy\. Run the model on one batch"
+    ):
+        capture(model, torch.randn(2, 3))
+    model(torch.randn(2, 3))
+    assert capture(model, torch.randn(2, 3)).inputs == {"input": (2, 3)}
 
 
 def test_not_a_module():
@@ -420,6 +467,22 @@ def test_something_random():
 def test_dropout_that_never_stops():
     with pytest.raises(CaptureError, match=r"output 0 of the captured graph differs.*random"):
         capture(returns(lambda x: F.dropout(x, 0.5, True)), torch.randn(20, 3))
+
+
+def test_a_batch_norm_that_always_trains_is_named():
+    class Trains(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=True)
+
+    message = (
+        r"differs from the model's\. 'batch_norm' is a batch norm that trains in eval mode, too\. Give it training="
+    )
+    with pytest.raises(CaptureError, match=message):
+        capture(Trains().eval(), torch.randn(5, 3) + 2)
 
 
 def test_a_dataclass_of_outputs_is_refused_with_the_way_out():
