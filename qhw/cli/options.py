@@ -38,7 +38,8 @@ CalibrationOption = Annotated[
         "--calibration",
         "-c",
         metavar="DATA",
-        help="Samples: an .npz file with one array per input, or module:callable that yields batches.",
+        help="Samples: an .npz file with one array per input (.npy for a single one), or module:callable that yields "
+        "batches.",
     ),
 ]
 Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Another pipeline than the default one.")]

@@ -45,11 +45,11 @@ def plan(
     """
     import qhw
     from qhw.cli.show_plan import show_plan
-    from qhw.cli.sources import load_data, load_model
+    from qhw.cli.sources import load_calibration, load_model
 
     spec = qhw.load_target(target)
     graph = load_model(model)
-    data = None if calibration is None else load_data(calibration)
+    data = load_calibration(calibration, graph)
     asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
     made: QuantPlan = qhw.plan(graph, spec, calibration=data, **asked)
     if out is not None:
@@ -57,7 +57,7 @@ def plan(
     if as_json:
         print(made.to_json(), end="")
     else:
-        show_plan(made, spec, model)
+        show_plan(made, spec, model, None if data is None else data.num_samples)
 
 
 def _write(path: Path, text: str) -> None:

@@ -70,7 +70,7 @@ def quantize(
     --evaluate examples.digits:evaluation --out out/p4
     """
     import qhw
-    from qhw.cli.sources import load_callable, load_data, load_model
+    from qhw.cli.sources import load_calibration, load_callable, load_data, load_model
     from qhw.errors import CalibrationError, PlanError
 
     asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
@@ -80,7 +80,7 @@ def quantize(
     if source is None:
         raise PlanError("--target: needed without --plan. Give a name (qhw target list), or a path to a .toml file.")
     graph = load_model(model)
-    data = None if calibration is None else load_data(calibration)
+    data = load_calibration(calibration, graph)
     labelled = None if evaluate is None else load_data(evaluate)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
@@ -89,7 +89,10 @@ def quantize(
 
     def measure(artefact: Path) -> Any:
         if labelled is not None:
-            scores.extend(qhw.evaluate(graph, result, labelled, artefact=artefact, metric=score))
+            try:
+                scores.extend(qhw.evaluate(graph, result, labelled, artefact=artefact, metric=score))
+            except CalibrationError as error:
+                raise CalibrationError(str(error).replace("evaluation: ", f"{evaluate}: ", 1)) from error
         return [asdict(score) for score in scores]
 
     qhw.save(result, out, evaluate_artefact=measure)

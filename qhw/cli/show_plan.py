@@ -13,9 +13,17 @@ from qhw.schema import TargetSpec
 __all__ = ["show_plan"]
 
 
-def show_plan(plan: QuantPlan, target: TargetSpec, model: str) -> None:
-    """Print a plan: what runs where, in which formats, which algorithms and why, what was refused, what is unknown."""
+def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | None = None) -> None:
+    """Print a plan: what runs where, in which formats, which algorithms and why, what was refused, what is unknown.
+
+    Args:
+        plan: The plan.
+        target: Its target.
+        model: What the command line calls the model.
+        samples: Number of calibration samples, where known.
+    """
     data = "calibration data" if plan.resources.calibration else "no data"
+    data += "" if samples is None else f" ({samples} sample{'s' if samples != 1 else ''})"
     labels = ", with labels" if plan.resources.labels else ""
     heading(f"{plan.target} · {model} · pipeline {plan.pipeline} · {data}{labels}")
     print()

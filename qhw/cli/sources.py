@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from qhw.engine import Calibration
 from qhw.engine.folder import is_result_folder, load_result
 from qhw.errors import CalibrationError, CaptureError, QhwError
 from qhw.graph import Graph, capture
 
-__all__ = ["load_callable", "load_data", "load_model"]
+__all__ = ["load_calibration", "load_callable", "load_data", "load_model"]
 
 
 def load_model(text: str) -> Graph:
@@ -45,14 +46,23 @@ def load_model(text: str) -> Graph:
     )
 
 
-def load_data(text: str) -> Any:
-    """The samples that DATA names: a dict of arrays from an .npz file, or what a callable yields.
+def load_calibration(text: str | None, graph: Graph) -> Calibration | None:
+    """The samples that DATA names, for one model; messages call them as the command line did.
 
     Raises:
-        CalibrationError: no such file or callable, or the file is no .npz of plain arrays.
+        CalibrationError: see `load_data`.
     """
-    if text.endswith(".npz") or Path(text).is_file():
-        return _npz(Path(text))
+    return None if text is None else Calibration(load_data(text), graph, name=text)
+
+
+def load_data(text: str) -> Any:
+    """The samples that DATA names: a dict of arrays from an .npz file, one from an .npy, or what a callable yields.
+
+    Raises:
+        CalibrationError: no such file or callable, or the file holds no plain arrays.
+    """
+    if text.endswith((".npz", ".npy")) or Path(text).is_file():
+        return _arrays(Path(text))
     return _Reiterable(load_callable(text, CalibrationError, "DATA"))
 
 
@@ -88,6 +98,9 @@ def load_callable(text: str, error: type[QhwError], what: str) -> Callable[..., 
     return call
 
 
+_NPY = b"\x93NUMPY"  # what an .npy file starts with
+
+
 class _Reiterable:
     """Calls the user's function anew for every pass, so that a generator can be read more than once."""
 
@@ -104,16 +117,30 @@ def _place(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {problem} (at {last.filename}:{last.lineno})"
 
 
-def _npz(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> Any:
+    """A dict of arrays from an archive, or the one array of an .npy file, whatever the file is called."""
     if not path.is_file():
         raise CalibrationError(f"{path}: no such file. Give an .npz file, or module:callable.")
     try:
+        with path.open("rb") as file:
+            start = file.read(len(_NPY))
+        if start == _NPY:
+            return np.load(path, allow_pickle=False)
+        if not zipfile.is_zipfile(path):
+            raise _unreadable(path, "it is another kind of file, or cut short")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
-        raise CalibrationError(
-            f"{path}: is no .npz file of plain arrays: {error}. Write it with numpy.savez(path, **inputs)."
+        is_object = isinstance(error, ValueError) and "Object arrays" in str(error)
+        raise _unreadable(
+            path, "an array holds Python objects, which could run code" if is_object else "it is damaged"
         ) from error
     if not arrays:
         raise CalibrationError(f"{path}: holds no array. Write one array per input name.")
     return arrays
+
+
+def _unreadable(path: Path, why: str) -> CalibrationError:
+    return CalibrationError(
+        f"{path}: is no .npz file of plain arrays: {why}. Write it with numpy.savez(path, **inputs)."
+    )

@@ -170,7 +170,7 @@ def _count(findings: Any) -> str:
 
 
 @app.command("schema")
-def schema() -> None:
+def schema(as_json: AsJson = False) -> None:  # taken as everywhere: a JSON Schema is JSON anyway
     """Print the JSON Schema of a target file, for editors and other tools."""
     from qhw.schema import target_json_schema
 

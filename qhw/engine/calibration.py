@@ -67,8 +67,8 @@ class Calibration:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples seen in a whole pass; None before the first one."""
-        return self._num_samples
+        """Samples in all; None before the first whole pass of data that comes in batches."""
+        return _rows(self._data) if self._num_samples is None else self._num_samples
 
     @property
     def digest(self) -> str | None:
@@ -99,7 +99,7 @@ class Calibration:
     @property
     def has_labels(self) -> bool:
         """Whether batches bring a label, as far as the first one tells."""
-        return has_labels(self._data, self._graph)
+        return _brings_labels(self._data, self._graph, self._name)
 
     def _micro_batches(self) -> Iterator[tuple[Tensor, ...]]:
         waiting: list[tuple[Tensor, ...]] = []
@@ -132,7 +132,9 @@ class Calibration:
             yield from batches_of(data, self._name)
 
     def _as_inputs(self, item: Any, index: int) -> tuple[Tensor, ...]:
-        where = f"{self._name}: batch {index}"
+        # All samples at once have no batches that the user knows of: a sample is counted from the first one then.
+        is_whole = isinstance(self._data, Tensor | np.ndarray | Mapping)
+        where, first = (self._name, index * MICRO_BATCH) if is_whole else (f"{self._name}: batch {index}", 0)
         names = list(self._inputs)
         if _is_labelled(item, len(names)):
             item = item[0] if len(item) == 2 else item[:-1]
@@ -153,7 +155,9 @@ class Calibration:
                 f"{where}: the model takes {len(names)} inputs ({', '.join(names)}); got {len(values)}. "
                 "Yield a tuple in that order, or a dict by name."
             )
-        tensors = tuple(check_input(self._graph, name, value, where) for name, value in zip(names, values, strict=True))
+        tensors = tuple(
+            check_input(self._graph, name, value, where, first) for name, value in zip(names, values, strict=True)
+        )
         check_counts({name: len(tensor) for name, tensor in zip(names, tensors, strict=True)}, where)
         return tensors
 
@@ -163,12 +167,14 @@ def has_labels(data: CalibrationData, graph: Graph) -> bool:
 
     False for all samples at once and for an iterator that can be read only once: looking would use its first batch up.
     """
-    if isinstance(data, Calibration):
-        return data.has_labels
+    return data.has_labels if isinstance(data, Calibration) else _brings_labels(data, graph, "calibration")
+
+
+def _brings_labels(data: CalibrationData, graph: Graph, name: str) -> bool:
     if isinstance(data, Tensor | np.ndarray | Mapping | Iterator):
         return False
     with torch.random.fork_rng(devices=[]):  # a loader that shuffles draws random numbers when it is looked at
-        for item in batches_of(_reusable(data, "calibration"), "calibration"):
+        for item in batches_of(_reusable(data, name), name):
             return _is_labelled(item, len(graph.inputs))
     return False
 
@@ -207,8 +213,15 @@ def _is_labelled(item: Any, num_inputs: int) -> bool:
     return len(item) == num_inputs + 1 or (len(item) == 2 and isinstance(item[0], tuple | list | Mapping))
 
 
-def check_input(graph: Graph, name: str, value: Any, where: str) -> Tensor:
+def check_input(graph: Graph, name: str, value: Any, where: str, first: int = 0) -> Tensor:
     """One input of a batch as the graph takes it, on the CPU.
+
+    Args:
+        graph: Tells shape and dtype.
+        name: The input.
+        value: Its samples.
+        where: What messages start with.
+        first: Number of the first sample, for messages.
 
     Raises:
         CalibrationError: not a tensor, or of another shape or dtype than the model takes, or not finite.
@@ -228,7 +241,11 @@ def check_input(graph: Graph, name: str, value: Any, where: str) -> Tensor:
             "Convert it as your model's preprocessing does."
         )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CalibrationError(f"{where}: input '{name}' holds NaN or infinite values. Remove those samples.")
+        sample = first + int(torch.isfinite(tensor).flatten(1).all(1).logical_not().nonzero()[0])
+        raise CalibrationError(
+            f"{where}: input '{name}' holds NaN or infinite values in sample {sample} (counted from 0). Remove such "
+            "samples."
+        )
     return tensor
 
 
@@ -242,6 +259,13 @@ def _as_tensor(value: Any, where: str) -> Tensor:
         return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
     except TypeError as error:
         raise CalibrationError(f"{where} must hold numbers; got an array of {value.dtype}. Convert it.") from error
+
+
+def _rows(data: Any) -> int | None:
+    """Number of samples where all are given at once."""
+    if isinstance(data, Mapping):
+        data = next((value for key, value in data.items() if key != "labels"), None)
+    return len(data) if isinstance(data, Tensor | np.ndarray) and data.ndim else None
 
 
 def _reusable(data: CalibrationData, name: str) -> Any:

@@ -2,6 +2,8 @@
 """Every command on real input, and every mistake a user can make on the command line."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,7 @@ def test_target_commands(qhw_run: Run) -> None:
     shown = qhw_run("target", "show", "espressif/esp32-p4").out
     assert "power_of_two" in shown and "sources" in shown
     assert json.loads(qhw_run("target", "schema").out)["title"] == "TargetSpec"
+    assert qhw_run("target", "schema", "--json").out == qhw_run("target", "schema").out
     assert json.loads(qhw_run("target", "show", "tiny.toml", "--json").out)["name"] == "acme/tiny"
 
 
@@ -227,21 +230,42 @@ def test_npz_data(qhw_run: Run, folder: Path) -> None:
     np.savez(folder / "nan.npz", input=images)
     np.savez(folder / "empty.npz")
     np.savez(folder / "objects.npz", input=np.array([{"a": 1}], dtype=object))
+    np.save(folder / "objects.npy", np.array([{"a": 1}], dtype=object))
+    (folder / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00")
     (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:200])
     (folder / "text.npz").write_text("not an archive")
     base = (*QUANTIZE[:4], "--out", "out/net", "--calibration")
     assert qhw_run(*base, "good.npz").status == 0
+    unreadable = "is no .npz file of plain arrays: "
     for name, words in {
         "named.npz": ("no input 'pixels'", "Inputs of the model: input"),
-        "shape.npz": ("must have shape [batch, 3, 8, 8]", "got [20, 2, 8, 8]"),
-        "dtype.npz": ("must be float32; got float64",),
-        "nan.npz": ("NaN or infinite",),
+        "shape.npz": ("input 'input' must have shape [batch, 3, 8, 8]", "got [20, 2, 8, 8]"),
+        "dtype.npz": ("input 'input' must be float32; got float64",),
+        "nan.npz": ("input 'input' holds NaN or infinite values in sample 3 (counted from 0)",),
         "empty.npz": ("holds no array",),
-        "objects.npz": ("no .npz file of plain arrays",),
-        "cut.npz": ("no .npz file of plain arrays",),
-        "text.npz": ("no .npz file of plain arrays",),
+        "objects.npz": (f"{unreadable}an array holds Python objects, which could run code. Write it with",),
+        "objects.npy": (f"{unreadable}an array holds Python objects",),
+        "cut.npz": (f"{unreadable}it is another kind of file, or cut short",),
+        "cut.npy": (f"{unreadable}it is damaged",),
+        "text.npz": (f"{unreadable}it is another kind of file",),
     }.items():
-        check_one_line(qhw_run(*base, name), *words)
+        ran = qhw_run(*base, name)
+        check_one_line(ran, *words)
+        assert ran.err.startswith(f"error: {name}: "), ran.err
+        assert "allow_pickle" not in ran.err and "unsafely" not in ran.err
+
+
+def test_one_array_is_enough_for_one_input(qhw_run: Run, folder: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((20, 3, 8, 8)).astype(np.float32)
+    np.save(folder / "images.npy", images)
+    (folder / "renamed.npz").write_bytes((folder / "images.npy").read_bytes())
+    for name in ("images.npy", "renamed.npz"):
+        ran = qhw_run(*QUANTIZE[:4], "--out", "out/net", "--calibration", name)
+        assert ran.status == 0, ran.err
+        assert "pipeline ranges-ptq · calibration data (20 samples)" in qhw_run(*PLAN[:4], "-c", name).out
+    check_one_line(qhw_run(*PLAN[:4], "-c", "none.npy"), "none.npy: no such file")
+    ran = qhw_run(*QUANTIZE, "--evaluate", "images.npy")
+    check_one_line(ran, "images.npy: must be a dict of arrays with 'labels', or batches; got ndarray")
 
 
 def test_an_occupied_folder_is_left_alone(qhw_run: Run, folder: Path) -> None:
@@ -262,6 +286,11 @@ def test_interrupt_leaves_nothing(qhw_run: Run, folder: Path, monkeypatch: pytes
     assert ran.status == 130
     assert "interrupted" in ran.err
     assert not any((folder / "out").iterdir())
+
+
+def test_the_command_line_is_a_module_too() -> None:
+    ran = subprocess.run([sys.executable, "-m", "qhw.cli", "--version"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout[:6], ran.stderr) == (0, "qhw 0.", "")
 
 
 def test_help_and_version(qhw_run: Run) -> None:

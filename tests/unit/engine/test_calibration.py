@@ -151,22 +151,28 @@ BAD: dict[str, tuple[Any, str]] = {
     "list-of-lists": ([[1.0]], r"^calibration: batch 0: input 'x' must be a tensor; got float\.$"),
     "wrong-shape": (
         torch.zeros(4, 1, 8, 8),
-        r"^calibration: batch 0: input 'x' must have shape \[batch, 3, 8, 8\]; got \[4, 1, 8, 8\]\. Give samples as",
+        r"^calibration: input 'x' must have shape \[batch, 3, 8, 8\]; got \[4, 1, 8, 8\]\. Give samples as",
     ),
-    "no-batch-axis": (X[0], r"^calibration: batch 0: input 'x' must have shape \[batch, 3, 8, 8\]; got \[3, 8, 8\]"),
+    "no-batch-axis": (X[0], r"^calibration: input 'x' must have shape \[batch, 3, 8, 8\]; got \[3, 8, 8\]"),
     "number": (torch.tensor(1.0), r"^calibration: 'x' must be an array with one row per sample; got a single number"),
-    "wrong-dtype": (X.double(), r"^calibration: batch 0: input 'x' must be float32; got float64\. Convert it as your"),
+    "wrong-dtype": (X.double(), r"^calibration: input 'x' must be float32; got float64\. Convert it as your"),
     "objects": (
         np.array([object()] * 4).reshape(4, 1, 1, 1),
-        r"^calibration: batch 0: input 'x' must hold numbers; got an array of object\. Convert it\.$",
+        r"^calibration: input 'x' must hold numbers; got an array of object\. Convert it\.$",
     ),
-    "wrong-name": ({"y": X}, r"^calibration: batch 0: no input 'y' in the model\. Inputs of the model: x\.$"),
+    "wrong-name": ({"y": X}, r"^calibration: no input 'y' in the model\. Inputs of the model: x\.$"),
     "missing-name": ([{"labels": X}], r"^calibration: batch 0: input 'x' is missing\. Inputs of the model: x\.$"),
     "list-in-dict": ({"x": [1, 2]}, r"^calibration: 'x' must be an array with one row per sample; got list\.$"),
     "unequal": ({"x": X, "z": X[:3]}, r"^calibration: all must hold equally many samples; got x: 4, z: 3\.$"),
     "too-many": ([(X, X, X)], r"^calibration: batch 0: the model takes 1 inputs \(x\); got 3\. Yield a tuple in that"),
-    "nan": ([X, X * float("nan")], r"^calibration: batch 1: input 'x' holds NaN or infinite values\. Remove those"),
-    "inf": (X + float("inf"), r"^calibration: batch 0: input 'x' holds NaN or infinite values\."),
+    "nan": (
+        [X, torch.cat([X[:1], X * float("nan")])],
+        r"^calibration: batch 1: input 'x' holds NaN or infinite values in sample 1 \(counted from 0\)\. Remove such",
+    ),
+    "inf": (
+        torch.cat([torch.zeros(70, 3, 8, 8), X + float("inf")]),
+        r"^calibration: input 'x' holds NaN or infinite values in sample 70 \(counted from 0\)\.",
+    ),
     "later-batch-bad": ([X, X, X[:, :2]], r"^calibration: batch 2: input 'x' must have shape"),
     "loader-raises": (
         failing(X),
@@ -181,6 +187,26 @@ def test_data_that_does_not_fit_is_refused_in_one_line(graph: Graph, name: str) 
     with pytest.raises(CalibrationError, match=message) as caught:
         list(Calibration(data, graph))
     assert "\n" not in str(caught.value)
+
+
+def test_samples_given_at_once_are_counted_before_any_is_read(graph: Graph, images: Tensor) -> None:
+    for form in ("tensor", "array", "dict-of-arrays"):
+        assert Calibration(FORMS[form](images), graph).num_samples == 203
+    for form in ("list-by-7", "generator"):
+        assert Calibration(FORMS[form](images), graph).num_samples is None
+
+
+def test_data_is_called_by_its_name(graph: Graph, images: Tensor) -> None:
+    data = Calibration(DataLoader(TensorDataset(images[:, :1])), graph, name="scans.npz")
+    with pytest.raises(CalibrationError, match=r"^scans\.npz: batch 0: input 'x' must have shape"):
+        list(data)
+
+    class Loader:
+        def __iter__(self) -> Iterator[Tensor]:
+            raise OSError("gone")
+
+    with pytest.raises(CalibrationError, match=r"^scans\.npz: batch 0 cannot be read: OSError: gone"):
+        has_labels(Calibration(Loader(), graph, name="scans.npz"), graph)
 
 
 def test_inputs_with_different_numbers_of_samples(two: tuple[Graph, Tensor, Tensor]) -> None:
