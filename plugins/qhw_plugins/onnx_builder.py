@@ -25,6 +25,7 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._taken: set[str] = set()
+        self._producers: dict[str, onnx.NodeProto] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def require(self, opset: int, what: str) -> None:
@@ -65,7 +66,12 @@ class Builder:
             if value is not None:
                 node.attribute.append(helper.make_attribute(key, value))
         self.nodes.append(node)
+        self._producers.update(dict.fromkeys(outputs, node))
         return outputs
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        """The node that computes a tensor; None for inputs, initializers, and what torch's exporter wrote."""
+        return self._producers.get(name)
 
     def constant(self, values: Any, dtype: Any, name: str = "constant") -> str:
         """A small constant tensor; equal ones are stored once."""

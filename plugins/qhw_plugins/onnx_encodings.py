@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, quantize
@@ -38,6 +38,11 @@ _STORAGES = tuple(
         ("int16", TensorProto.INT16, np.int16, -32768, 32767, 21),
     )
 )
+_MOVES = {
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Expand", "Tile", "Split", "MaxPool",
+    "Identity",
+}  # fmt: skip
+"""What onnxruntime moves Q and DQ across."""
 _INT32 = Storage("int32", TensorProto.INT32, np.int32, -(2**31), 2**31 - 1, 13)
 
 
@@ -78,7 +83,9 @@ def quantized(
     """QuantizeLinear -> DequantizeLinear on an activation.
 
     Where the type holds more codes than the grid, a Clip keeps the values on the grid: its bounds are reals of
-    codes, and fl(fl(scale * n) / scale) rounds back to n, so the end codes are met exactly.
+    codes, and fl(fl(scale * n) / scale) rounds back to n, so the end codes are met exactly. A Clip also stands between
+    two pairs of different scales, where it changes nothing: onnxruntime 1.32 (DoubleQDQPairsRemover) would make one
+    pair of them, which rounds once where the target rounds twice.
 
     Args:
         b: The graph.
@@ -92,16 +99,32 @@ def quantized(
     Returns:
         str: float32 tensor on the grid.
     """
+    parameters = _parameters(b, qparams, storage, group)
     low, high = _bounds(qparams)
-    cut_low = qparams.quant_min > storage.low
-    cut_high = qparams.quant_max < storage.high
-    if (cut_low or cut_high) and not saturated:
+    again = _follows_another_pair(b, x, parameters)
+    cut_low = again or (qparams.quant_min > storage.low and not saturated)
+    cut_high = again or (qparams.quant_max < storage.high and not saturated)
+    if cut_low or cut_high:
         bounds = [b.constant(low, np.float32) if cut_low else "", b.constant(high, np.float32) if cut_high else ""]
         x = b.op("Clip", [x, *bounds], f"{name}/clip")
     b.require(storage.opset, storage.name)
-    parameters = _parameters(b, qparams, storage, group)
     codes = b.op("QuantizeLinear", [x, *parameters], f"{name}/quantize")
     return b.op("DequantizeLinear", [codes, *parameters], name)
+
+
+def _follows_another_pair(b: Builder, x: str, parameters: list[str]) -> bool:
+    """Whether x comes from a DequantizeLinear of other parameters with at most data movement between."""
+    node = b.producer(x)
+    while node is not None and node.op_type in _MOVES:
+        node = b.producer(node.input[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return False
+    own, other = (
+        [numpy_helper.to_array(b.initializers[name]) for name in names] for names in (parameters, node.input[1:])
+    )
+    return len(own) != len(other) or any(
+        mine.dtype != theirs.dtype or not np.array_equal(mine, theirs) for mine, theirs in zip(own, other, strict=True)
+    )
 
 
 def dequantized(b: Builder, codes: Tensor, qparams: QParams, storage: Storage, group: str, name: str) -> str:

@@ -68,6 +68,14 @@ def _transpose(c: Context, node: fx.Node) -> Value:
     return c.op("Transpose", c.tensor(node.args[0]), perm=perm)
 
 
+def _move_axis(c: Context, node: fx.Node) -> Value:
+    rank = len(shape_of(node.args[0]))
+    source, destination = (int(item) % rank for item in node.args[1:3])  # type: ignore[arg-type]
+    perm = [axis for axis in range(rank) if axis != source]
+    perm.insert(destination, source)
+    return c.op("Transpose", c.tensor(node.args[0]), perm=perm)
+
+
 def _reversed(c: Context, node: fx.Node) -> Value:
     return c.op("Transpose", c.tensor(node.args[0]), perm=list(reversed(range(len(shape_of(node.args[0]))))))
 
@@ -169,11 +177,16 @@ def _expand(c: Context, node: fx.Node) -> Value:
     return c.op("Expand", c.tensor(node.args[0]), sizes if isinstance(sizes, str) else c.builder.ints(sizes))
 
 
+def _expand_as(c: Context, node: fx.Node) -> Value:
+    return c.op("Expand", c.tensor(node.args[0]), c.op("Shape", c.tensor(node.args[1]), part="shape"))
+
+
 def _repeat(c: Context, node: fx.Node) -> Value:
     repeats: Any = node.args[1]
     x = c.tensor(node.args[0])
     missing = len(repeats) - len(shape_of(node.args[0]))
-    if missing:
+    repeats = [1] * -missing + list(repeats)  # aten.tile may name fewer axes than there are
+    if missing > 0:
         x = c.op("Unsqueeze", x, c.builder.ints(range(missing)), part="unsqueezed")
     sizes = c.sizes(repeats)
     return c.op("Tile", x, sizes if isinstance(sizes, str) else c.builder.ints(sizes))
@@ -190,6 +203,18 @@ def _channel_shuffle(c: Context, node: fx.Node) -> Value:
     grouped = c.op("Reshape", c.tensor(node.args[0]), split, part="groups")
     turned = c.op("Transpose", grouped, part="turned", perm=[0, 2, 1, *range(3, rank + 1)])
     return c.op("Reshape", turned, c.builder.ints([0, *source[1:]]))
+
+
+def _pixel_unshuffle(c: Context, node: fx.Node) -> Value:
+    """Not SpaceToDepth, which puts a block's pixels before the channels."""
+    *batch, channels, height, width = shape_of(node.args[0])
+    if len(batch) != 1:
+        raise NotCovered("no batch axis")
+    block = int(node.args[1])  # type: ignore[arg-type]
+    split = c.builder.ints([0, channels, height // block, block, width // block, block])
+    blocks = c.op("Reshape", c.tensor(node.args[0]), split, part="blocks")
+    turned = c.op("Transpose", blocks, part="turned", perm=[0, 1, 3, 5, 2, 4])
+    return c.op("Reshape", turned, c.builder.ints([0, *shape_of(node)[1:]]))
 
 
 def _resize(mode: str) -> Translation:
@@ -275,6 +300,8 @@ TABLE: Mapping[str, Translation] = {
     "aten.unsqueeze.default": _unsqueeze,
     "aten.permute.default": _permute,
     "aten.transpose.int": _transpose,
+    "aten.swapaxes.default": _transpose,
+    "aten.movedim.int": _move_axis,
     "aten.t.default": _transpose,
     "aten.numpy_T.default": _reversed,
     "aten.cat.default": _cat,
@@ -293,6 +320,8 @@ TABLE: Mapping[str, Translation] = {
     "aten.split_with_sizes.default": _split,
     "aten.unbind.int": _unbind,
     "aten.expand.default": _expand,
+    "aten.expand_as.default": _expand_as,
+    "aten.tile.default": _repeat,
     **{
         f"aten.{n}{s}.default": _filled(f)
         for n, f in (("zeros", 0), ("ones", 1), ("full", None))
@@ -300,6 +329,7 @@ TABLE: Mapping[str, Translation] = {
     },
     "aten.repeat.default": _repeat,
     "aten.pixel_shuffle.default": _pixel_shuffle,
+    "aten.pixel_unshuffle.default": _pixel_unshuffle,
     "aten.channel_shuffle.default": _channel_shuffle,
     "aten.upsample_nearest2d.vec": _resize("nearest"),
     "aten.upsample_bilinear2d.vec": _resize("linear"),
