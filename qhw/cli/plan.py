@@ -22,6 +22,7 @@ from qhw.cli.options import (
 
 if TYPE_CHECKING:
     from qhw.decisions import QuantPlan
+    from qhw.graph import Graph
 
 OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan as JSON, to edit and replay.")]
 
@@ -57,14 +58,30 @@ def plan(
     if as_json:
         print(made.to_json(), end="")
     else:
+        _warn_unsavable(graph)
         show_plan(made, spec, model, None if data is None else data.num_samples)
 
 
+def _warn_unsavable(graph: "Graph") -> None:
+    """A plan is made of any model; the result of some cannot be kept, which is better known now."""
+    from qhw.cli.console import warn
+    from qhw.errors import CaptureError
+    from qhw.graph.saving import check_savable
+
+    try:
+        check_savable(graph)
+    except CaptureError as error:
+        warn(f"warning: 'qhw quantize' will refuse this model: {error}")
+
+
 def _write(path: Path, text: str) -> None:
+    from qhw.engine.folder import why_not_written
     from qhw.errors import ResultError
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ResultError(f"{path}: cannot be written: {error.strerror}. Choose another --out.") from error
+        raise ResultError(
+            f"{path}: cannot be written: {why_not_written(path, error)}. Choose another --out."
+        ) from error

@@ -72,6 +72,7 @@ def quantize(
     import qhw
     from qhw.cli.sources import load_calibration, load_callable, load_data, load_model
     from qhw.errors import CalibrationError, PlanError
+    from qhw.graph.saving import check_savable
 
     asked = wishes(pipeline, prefer, without, keep_float, formats, settings)
     replayed = None if plan is None else _read_plan(plan, asked)
@@ -80,6 +81,7 @@ def quantize(
     if source is None:
         raise PlanError("--target: needed without --plan. Give a name (qhw target list), or a path to a .toml file.")
     graph = load_model(model)
+    check_savable(graph)  # before the work, which would be lost
     data = load_calibration(calibration, graph)
     labelled = None if evaluate is None else load_data(evaluate)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")

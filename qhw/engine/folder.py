@@ -21,15 +21,17 @@ from qhw import __version__
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.result import QuantizedModel
 from qhw.engine.select import target_fingerprint
-from qhw.errors import QhwError, ResultError
+from qhw.errors import PlanError, QhwError, ResultError, TargetError
 from qhw.graph import graph_from_json, graph_to_json
+from qhw.graph.verify import verify_finite
 from qhw.numerics import QParams
-from qhw.schema import load_target_file, to_json
+from qhw.schema import TargetSpec, load_target_file, to_json
 
-__all__ = ["is_result_folder", "load_result", "save_result", "written_files"]
+__all__ = ["is_result_folder", "load_result", "save_result", "why_not_written", "written_files"]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_RESTORE = "Restore the file, or quantize again."
 _FILES = ("target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json")
 
 
@@ -81,19 +83,33 @@ def load_result(folder: Path) -> QuantizedModel:
 
 
 def _read_result(folder: Path, provenance: Any) -> QuantizedModel:
-    target = load_target_file(folder / "target.json")
-    plan = QuantPlan.from_json(_text(folder / "plan.json"), where=str(folder / "plan.json"))
-    if target_fingerprint(target) != plan.target_fingerprint:
+    target, plan = _read_target(folder / "target.json"), _read_plan(folder / "plan.json")
+    if (target.name, target_fingerprint(target)) != (plan.target, plan.target_fingerprint):
         raise ResultError(f"{folder}: target.json and plan.json do not belong together. Quantize again.")
     steps = json.loads(_text(folder / "steps.json"))
     tensors = _load_tensors(folder / "tensors.safetensors")
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith("qparams/")}
     graph = graph_from_json(_text(folder / "graph.json"), own, where=str(folder / "graph.json"))
+    verify_finite(graph, str(folder / "tensors.safetensors"))
     qparams = {
         group: QParams.from_dict(_group_tensors(tensors, group), header) for group, header in steps["encodings"].items()
     }
     reports = tuple(StepReport.model_validate_json(json.dumps(report)) for report in steps["steps"])
     return QuantizedModel(graph, plan, target, qparams, reports, provenance)
+
+
+def _read_target(path: Path) -> TargetSpec:
+    try:
+        return load_target_file(path)
+    except TargetError as error:  # it says how to write a target, which is nobody's wish here
+        raise ResultError(f"{path}: is damaged, and no target any more. {_RESTORE}") from error
+
+
+def _read_plan(path: Path) -> QuantPlan:
+    try:
+        return QuantPlan.from_json(_text(path), where=str(path))
+    except PlanError as error:
+        raise ResultError(f"{path}: is damaged, and no plan any more. {_RESTORE}") from error
 
 
 @contextmanager
@@ -104,12 +120,16 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
-        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Choose another --out.") from error
+        raise ResultError(
+            f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another --out."
+        ) from error
     try:
         yield inside
         _move(inside, folder)
     except OSError as error:
-        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
+        raise ResultError(
+            f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
+        ) from error
     finally:
         shutil.rmtree(inside, ignore_errors=True)
 
@@ -121,7 +141,9 @@ def written_files(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         inside = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
     except OSError as error:
-        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Choose another folder.") from error
+        raise ResultError(
+            f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another folder."
+        ) from error
     try:
         yield inside
         for file in sorted(path for path in inside.rglob("*") if path.is_file()):
@@ -129,7 +151,9 @@ def written_files(folder: Path) -> Iterator[Path]:
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
     except OSError as error:
-        raise ResultError(f"{folder}: cannot be written: {error.strerror or error}. Nothing was kept.") from error
+        raise ResultError(
+            f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
+        ) from error
     finally:
         shutil.rmtree(inside, ignore_errors=True)
 
@@ -262,6 +286,13 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return dict(load_tensors(path.read_bytes()))
     except (SafetensorError, OSError, ValueError) as error:
         raise ResultError(f"{path}: holds no tensors: {error}. Quantize again, or restore the file.") from error
+
+
+def why_not_written(path: Path, error: OSError) -> str:
+    """The reason in the user's terms: the system's is no help where a file stands in place of a folder."""
+    parts = (path, *path.parents) if isinstance(error, FileExistsError) else path.parents
+    blocking = next((part for part in parts if part.is_file()), None)
+    return f"'{blocking}' is a file, not a folder" if blocking is not None else str(error.strerror or error)
 
 
 def is_result_folder(path: Path) -> bool:

@@ -8,6 +8,7 @@ import io
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -153,7 +154,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     printed = io.StringIO()
     try:
-        with redirect_stderr(printed):
+        with redirect_stderr(printed), warnings.catch_warnings():
+            # Of recurrent layers, whose list of weights export sets and puts back.
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .* assigned during export", append=False)
             yield
         sys.stderr.write(printed.getvalue())
     finally:

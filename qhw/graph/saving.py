@@ -20,7 +20,7 @@ from qhw.graph.rebuild import assign
 from qhw.graph.switching import BatchNorm, Dropout
 from qhw.graph.verify import verify_shapes
 
-__all__ = ["graph_as_data", "graph_from_json", "graph_to_json"]
+__all__ = ["check_savable", "graph_as_data", "graph_from_json", "graph_to_json"]
 
 GRAPH_VERSION = 1
 MAX_DEPTH = 16  # of an argument; deeper ones do not occur, and fx would recurse through them
@@ -49,11 +49,11 @@ def graph_as_data(graph: Graph) -> dict[str, Any]:
     }
 
 
-def graph_to_json(graph: Graph) -> str:
-    """The graph without its tensors as JSON text, stable byte for byte.
+def check_savable(graph: Graph) -> None:
+    """Refuse a graph that could not be loaded again, at no cost.
 
     Raises:
-        CaptureError: an operator is not on the allow-list, or a name not plain, so it could not be loaded again.
+        CaptureError: an operator is not on the allow-list, or a name not plain.
     """
     for node in graph.module.graph.nodes:
         if node.op == "call_function" and not is_allowed(target_name(node)):
@@ -66,7 +66,17 @@ def graph_to_json(graph: Graph) -> str:
             raise CaptureError(
                 f"{name!r}: cannot be saved: names hold letters, digits, _ and - only. Rename the module."
             )
-    return json.dumps(graph_as_data(graph), indent=1, sort_keys=True) + "\n"
+
+
+def graph_to_json(graph: Graph) -> str:
+    """The graph without its tensors as JSON text, stable byte for byte.
+
+    Raises:
+        CaptureError: it could not be loaded again; see `check_savable`.
+    """
+    check_savable(graph)
+    # Keys in the order they were made in, not sorted: that of a dict of outputs is the model's.
+    return json.dumps(graph_as_data(graph), indent=1) + "\n"
 
 
 def graph_from_json(text: str, tensors: Mapping[str, Tensor], where: str = "graph.json") -> Graph:
@@ -105,7 +115,8 @@ def _first_fault(error: Exception) -> str:
     faults = getattr(error, "errors", None)
     if callable(faults):  # pydantic: the first field that is wrong
         first = faults()[0]
-        return _printable(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        field, fault = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        return _printable(f"{field}: {fault}" if field else fault)
     text = str(error).strip()
     return _printable(f"{type(error).__name__} {text.splitlines()[0] if text else ''}".strip())
 

@@ -17,6 +17,33 @@ PLAN = ("plan", "net:model", "--target", "tiny.toml", "--calibration", "net:batc
 QUANTIZE = ("quantize", "net:model", "--target", "tiny.toml", "--calibration", "net:batches", "--out", "out/net")
 
 
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.linalg.svdvals(self.fc(x))
+
+
+def model():
+    return Odd().eval(), torch.randn(2, 4, 4)
+
+
+def batches():
+    return torch.randn(8, 4, 4).split(4)
+
+
+def stop():
+    raise RuntimeError("the work has begun")
+"""
+
+
 def lines(ran: Any) -> list[str]:
     return ran.err.strip().splitlines()
 
@@ -150,6 +177,23 @@ def test_a_plan_of_other_weights_says_what_to_do(qhw_run: Run, folder: Path) -> 
         qhw_run(*QUANTIZE, "--plan", "plan.json"),
         "was made for another model",
         "if its weights are drawn at random, seed them, as torch.manual_seed(0).",
+    )
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_the_work(qhw_run: Run, folder: Path) -> None:
+    (folder / "odd.py").write_text(ODD)
+    sys.modules.pop("odd", None)
+    words = "operator 'aten.linalg_svdvals.default' is not on the list of operators that a saved graph may call"
+    check_one_line(qhw_run("quantize", "odd:model", *QUANTIZE[2:4], "-c", "odd:stop", "-o", "out"), words)
+    ran = qhw_run("plan", "odd:model", *PLAN[2:4], "-c", "odd:batches")
+    assert ran.status == 0, ran.err
+    assert lines(ran)[0].startswith("warning: 'qhw quantize' will refuse this model: ") and words in lines(ran)[0]
+
+
+def test_a_plan_that_cannot_be_written_says_why(qhw_run: Run) -> None:
+    check_one_line(
+        qhw_run(*PLAN, "--out", "net.py/plan.json"),
+        "net.py/plan.json: cannot be written: 'net.py' is a file, not a folder. Choose another --out.",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qhw.engine import QuantizedModel, is_result_folder, load_result, save_result, written_files
@@ -119,11 +120,17 @@ def test_a_file_of_the_users_inside_an_earlier_result_is_left_alone(result: Quan
 
 
 @pytest.mark.parametrize(
-    "place", ["blocked/out", "blocked/deeper/out", "x" * 300], ids=["below-a-file", "deeper", "name-too-long"]
+    ("place", "why"),
+    [
+        ("blocked/out", r"'[^\n]*/blocked' is a file, not a folder"),
+        ("blocked/deeper/out", r"'[^\n]*/blocked' is a file, not a folder"),
+        ("x" * 300, r"File name too long"),
+    ],
+    ids=["below-a-file", "deeper", "name-too-long"],
 )
-def test_a_place_that_cannot_be_written(result: QuantizedModel, tmp_path: Path, place: str) -> None:
+def test_a_place_that_cannot_be_written(result: QuantizedModel, tmp_path: Path, place: str, why: str) -> None:
     (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(ResultError, match=r": cannot be written: [A-Z][^\n]*\. Choose another --out\.$"):
+    with pytest.raises(ResultError, match=rf": cannot be written: {why}\. Choose another --out\.$"):
         save_result(result, tmp_path / place)
 
 
@@ -265,6 +272,39 @@ def test_files_of_two_results_do_not_mix(saved: Path, result: QuantizedModel, tm
         load_result(saved)
 
 
+def test_the_plan_names_the_target_beside_it(saved: Path) -> None:
+    edited(saved, "plan.json", lambda data: data.update(target="acme/big"))
+    with pytest.raises(ResultError, match=r"target\.json and plan\.json do not belong together\. Quantize again\.$"):
+        load_result(saved)
+
+
+@pytest.mark.parametrize("name", ["target.json", "plan.json"])
+def test_a_cut_file_is_restored_not_corrected(saved: Path, name: str) -> None:
+    (saved / name).write_bytes((saved / name).read_bytes()[:100])
+    reseal(saved)
+    what = name.removesuffix(".json")
+    message = rf"{what}\.json: is damaged, and no {what} any more\. Restore the file, or quantize again\.$"
+    with pytest.raises(ResultError, match=message):
+        load_result(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fc.weight", r"tensors\.safetensors: 'fc\.weight' holds NaN or infinite values\. Quantize again, or restore"),
+        ("qparams/fc/scale", r"out: cannot be read: .*scale"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_tensor_that_is_not_finite_is_refused(saved: Path, name: str, message: str, value: float) -> None:
+    tensors = load_file(saved / "tensors.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, saved / "tensors.safetensors")
+    reseal(saved)
+    with pytest.raises(ResultError, match=message):
+        load_result(saved)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -302,6 +342,24 @@ def test_channels_last_and_overlapping_weights_load_to_the_same_bits(
     assert torch.equal(again(images), result(images))
 
 
+def test_a_dict_of_outputs_keeps_its_order(
+    quantize: Callable[..., QuantizedModel], images: Tensor, tmp_path: Path
+) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.conv(x)
+            return {"logits": y.mean((2, 3)), "feat": {"b": y, "a": y + 1}}
+
+    result = quantize(Heads().eval(), images[:40])
+    for model in (result, load_result(save_result(result, tmp_path / "out"))):
+        outputs = model(images[:2])
+        assert (list(outputs), list(outputs["feat"])) == (["logits", "feat"], ["b", "a"])
+
+
 def test_paths_hold_no_sign_that_a_file_system_refuses(saved: Path) -> None:
     for path in saved.rglob("*"):
         assert not set(path.name) & set('<>:"\\|?*') and path.name == path.name.rstrip(". ")
@@ -328,7 +386,7 @@ def test_files_that_fail_leave_the_folder_as_it_was(tmp_path: Path) -> None:
         raise OSError(28, "No space left")
     assert contents(tmp_path) == {"a.bin": b"old"}
     with (
-        pytest.raises(ResultError, match=r"cannot be written: File exists\. Choose another folder\."),
+        pytest.raises(ResultError, match=r"cannot be written: '[^\n]*a\.bin' is a file, not a folder\. Choose another"),
         written_files(tmp_path / "a.bin"),
     ):
         pass

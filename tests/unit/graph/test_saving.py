@@ -11,6 +11,7 @@ from torch import nn
 
 from qhw.errors import CaptureError
 from qhw.graph import capture, graph_from_json, graph_to_json
+from qhw.graph.forms import ALLOWED_ATEN
 from qhw.testing.models import MODELS, example
 
 
@@ -98,6 +99,70 @@ def test_an_operator_that_is_not_allowed_cannot_be_saved():
     graph = capture(Model(), torch.randn(2, 3, 3))
     with pytest.raises(CaptureError, match=r"operator 'aten\.linalg_svdvals\.default' is not on the list of operators"):
         graph_to_json(graph)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.function(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Recurrent(nn.LSTM(6, 5, num_layers=2, bidirectional=True, batch_first=True, dropout=0.3)),
+        Recurrent(nn.LSTM(6, 5, batch_first=True, proj_size=3)),
+        Recurrent(nn.GRU(6, 5, batch_first=True)),
+        Recurrent(nn.RNN(6, 5, batch_first=True)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+        Applied(lambda x: torch.fft.fft2(x).abs()),
+        Applied(lambda x: torch.fft.irfft(torch.fft.rfft(x, norm="ortho"), 6)),
+        Applied(lambda x: torch.meshgrid(x[0, 0], x[0, 1], indexing="ij")[1] * x.std()),
+    ],
+    ids=["lstm", "lstm-projected", "gru", "rnn", "weight-norm", "fft", "rfft", "meshgrid"],
+)
+def test_operators_that_stay_in_float_are_saved(model):
+    x = torch.randn(3, 7, 6)
+    graph = capture(model.eval(), x)
+    reloaded = graph_from_json(graph_to_json(graph), graph.module.state_dict())
+    assert torch.equal(reloaded(x), graph(x))
+
+
+WORDS = {
+    "approximate",
+    "assert_msg",
+    "equation",
+    "indexing",
+    "mode",
+    "norm",
+    "pad_mode",
+    "padding",
+    "reduce",
+    "rounding_mode",
+    "side",
+}
+
+
+def test_every_allowed_operator_is_a_function_of_tensors_and_numbers():
+    """None writes into its arguments, and text is a mode, never a place."""
+    for name in sorted(ALLOWED_ATEN):
+        _, packet, overload = name.split(".")
+        schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+        assert not schema.is_mutable, name
+        assert {a.name for a in schema.arguments if "str" in str(a.type)} <= WORDS, name
 
 
 class Named(nn.Module):
@@ -251,7 +316,7 @@ def edit(path, value):
         (edit(["graph_version"], True), r"graph_version must be 1; got True"),
         (edit(["graph_version"], None), r"graph_version must be 1; got None"),
         (edit(["nodes"], None), r"is not a saved graph: nodes: Field required"),
-        (edit(["nodes"], []), r"a graph has one output, which is its last node"),
+        (edit(["nodes"], []), r"graph\.json: is not a saved graph: a graph has one output, which is its last node"),
         (edit(["nodes"], {}), r"nodes: Input should be a valid list"),
         (edit(["batch"], "2"), r"batch: Input should be a valid integer"),
         (edit(["batch"], 0), r"batch: Input should be greater than or equal to 1"),
@@ -295,6 +360,14 @@ def test_arguments_that_no_longer_fit_are_found(captured):
     pool = next(item for item in data["nodes"] if item["target"] == "aten.mean.dim")
     pool["args"][1] = [2, 9]
     refused(data, tensors, r"reducemean cannot compute on its arguments: Dimension out of range")
+
+
+def test_torch_logs_nothing_beside_the_message(captured, capfd):
+    data, tensors = parsed(captured)
+    pool = next(item for item in data["nodes"] if item["target"] == "aten.mean.dim")
+    pool.update(target="aten.bmm.default", args=[pool["args"][0], pool["args"][0]])
+    refused(data, tensors, r"reducemean cannot compute on its arguments: batch1 must be a 3D tensor\. Quantize again")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_huge_shape_allocates_nothing(captured):
