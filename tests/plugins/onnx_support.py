@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qhw
 from qhw.engine import QuantizedModel
+from qhw.numerics import FakeQuantizer
 from qhw.schema import TargetSpec, load_target_file
 from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 
@@ -94,6 +95,26 @@ def run_plain(path: Path, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     found: list[np.ndarray] = session.run(None, inputs)
     return found
+
+
+def steps(result: QuantizedModel) -> list[float]:
+    """For each output, in order: the scale of its quantizer, the size of one code; 0.0 where it stays in float."""
+    output = next(node for node in result.module.graph.nodes if node.op == "output")
+    leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
+    modules = [result.module.get_submodule(str(leaf.target)) if leaf.op == "call_module" else None for leaf in leaves]
+    return [float(module.scale) if isinstance(module, FakeQuantizer) else 0.0 for module in modules]
+
+
+def assert_within_one_code(result: QuantizedModel, found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Outputs of the artefact and of the simulation differ by at most one code of the output's quantizer.
+
+    The runtime multiplies by float32 scales in another order than the simulation, so a value within a few units in
+    the last place of a tie may get the next code. 1e-5 relative is for float32 itself: sums of some hundred products
+    where an output stays in float, and the product of code and scale.
+    """
+    for mine, other, step in zip(found, expected, steps(result), strict=True):
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=step + 1e-5)
 
 
 def as_inputs(result: QuantizedModel, values: Any) -> dict[str, np.ndarray]:
