@@ -2,7 +2,7 @@
 """A plan as a colleague would explain it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from qhw.cli.console import heading, paragraph
 from qhw.cli.words import accumulator_words, count_words, format_words
@@ -84,24 +84,46 @@ def _counted(points: Iterable[QuantPoint]) -> list[tuple[str, int]]:
 
 def _show_hints(plan: QuantPlan, target: TargetSpec) -> None:
     """What would change the plan."""
-    hints = []
-    if not plan.resources.calibration:
-        hints.append("calibration data (--calibration)")
-    others: dict[str, list[str]] = {}
-    for point in plan.points:
-        for kernel in target.operators[_row(plan, point, target)].kernels or () if point.role == "weight" else ():
-            listed = target.kernels[kernel].weight if kernel != "unknown" else ()
-            for name in listed if isinstance(listed, tuple) else ():
-                if name != point.format and target.formats[name].is_plannable and name not in others:
-                    others[name] = [f"--format '*.weight={name}' ({format_words(target.formats[name])})"]
-    hints += [text for texts in others.values() for text in texts]
+    hints = [] if plan.resources.calibration else [("--calibration DATA", "algorithms that need data")]
+    hints += [*_other_formats(plan, target, "weight"), *_other_formats(plan, target, "activation")]
     if hints:
         print()
-        paragraph("Would change the plan", "; ".join(hints), left=24)
+        heading("Would change the plan")
+        left = 4 + max(len(option) for option, _ in hints)
+        for option, meaning in hints:
+            paragraph(option, meaning, left=left, indent=2)
 
 
-def _row(plan: QuantPlan, point: QuantPoint, target: TargetSpec) -> str:
-    """The target's row that an operator runs under: `operators.Conv.kernels` -> Conv."""
-    placement = next(op for op in plan.operators if op.name == point.operator)
-    kind = placement.subject.split(".")[1]
-    return kind if kind in target.operators else placement.kind
+def _other_formats(plan: QuantPlan, target: TargetSpec, role: str) -> Iterator[tuple[str, str]]:
+    """Each other format that weights or activations may have: the option that asks for it, and what it brings.
+
+    Activations are offered at the operator with the most multiply-accumulates: what they cost, they cost there.
+    """
+    macs = {operator.name: operator.macs for operator in plan.operators}
+    points = [point for point in plan.points if point.role == role]
+    if role == "activation":
+        points.sort(key=lambda point: -macs[point.operator])
+    for name in dict.fromkeys(name for point in points for name in point.legal):
+        allowing = [point for point in points if name in point.legal]
+        changed = next((point for point in allowing if point.format != name), None)
+        if changed is None:
+            continue
+        is_everywhere = role == "weight" and len(allowing) == len(points)
+        where = "*.weight" if is_everywhere and all(p.name.endswith(".weight") for p in points) else changed.name
+        yield (
+            f"--format '{where}={name}'",
+            format_words(target.formats[name]) + _other_kernel(plan, target, changed, name),
+        )
+
+
+def _other_kernel(plan: QuantPlan, target: TargetSpec, point: QuantPoint, wanted: str) -> str:
+    """The kernel that a format needs, where it is another one, and how it compares."""
+    placement = next(operator for operator in plan.operators if operator.name == point.operator)
+    field = "weight" if point.role == "weight" else "output"
+    fitting = [kernel for kernel in placement.legal if wanted in (getattr(target.kernels[kernel], field) or ())]
+    if placement.kernel is None or not fitting or placement.kernel in fitting:
+        return ""
+    now, then = target.kernels[placement.kernel].macs_per_cycle, target.kernels[fitting[0]].macs_per_cycle
+    if not (isinstance(now, float) and isinstance(then, float)):
+        return f"; kernels.{fitting[0]} instead of {placement.kernel}"
+    return f"; kernels.{fitting[0]}, {now / then:.3g} x the cycles of {placement.kernel}"

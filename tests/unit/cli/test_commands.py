@@ -69,6 +69,40 @@ def test_plan_reads_like_an_explanation(qhw_run: Run) -> None:
     assert "Refused" in ran.out and "min_max" in ran.out
 
 
+TWO_WIDTHS = """
+schema_version = 1
+name = "acme/two"
+formats.a8 = { bits = 8, signed = true, per = "tensor" }
+formats.a16 = { bits = 16, signed = true, zero_point = 0, per = "tensor" }
+formats.w8 = { bits = 8, signed = true, zero_point = 0, per = "out_channel" }
+formats.w16 = { bits = 16, signed = true, zero_point = 0, per = "out_channel" }
+formats.w4 = { bits = 4, signed = true, zero_point = 0, per = "out_channel" }
+kernels.mac = { input = ["a8"], weight = ["w8"], output = ["a8"], macs_per_cycle = 16.0 }
+kernels.wide = { input = ["a16"], weight = ["w16"], output = ["a16"], macs_per_cycle = 4.0 }
+kernels.packed = { input = ["a8"], weight = ["w4"], output = ["a8"] }
+operators.Conv = { kernels = ["mac", "wide"], fused = ["Relu"] }
+operators.Gemm = { kernels = ["mac", "wide", "packed"], fused = ["Relu"] }
+"""
+
+
+def test_what_would_change_the_plan_is_priced_and_works(qhw_run: Run, folder: Path) -> None:
+    """Convolution: 8 x 3 x 9 x 36 MACs, so a wider activation is offered there; linear: 8 x 4."""
+    (folder / "two.toml").write_text(TWO_WIDTHS)
+    plan = ("plan", "net:model", "--target", "two.toml", "--calibration", "net:batches")
+    out = qhw_run(*plan).out
+    hints = [line.split(maxsplit=2) for line in out[out.index("Would change") :].splitlines() if " --format '" in line]
+    offered = {option.strip("'"): meaning for _, option, meaning in hints}
+    assert offered == {
+        "*.weight=w16": "int16 symmetric, per out channel; kernels.wide, 4 x the cycles of mac",
+        "5.weight=w4": "int4 symmetric, per out channel; kernels.packed instead of mac",
+        "0=a16": "int16 symmetric, per tensor; kernels.wide, 4 x the cycles of mac",
+    }
+    for option in offered:
+        ran = qhw_run(*plan, "--format", option)
+        assert ran.status == 0, ran.err
+        assert f"formats.{option.partition('=')[2]}" in ran.out
+
+
 def test_plan_as_json_is_the_plan(qhw_run: Run) -> None:
     from qhw import QuantPlan
 
