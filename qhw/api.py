@@ -30,6 +30,7 @@ from qhw.engine import (
 from qhw.errors import CaptureError, ExportError, PlanError, PluginError
 from qhw.extension import Exporter, Registry, default_registry
 from qhw.graph import ExampleInputs, Graph, capture
+from qhw.graph.forms import DTYPES
 from qhw.schema import TargetSpec, load_target_file
 
 __all__ = ["export", "exporter_for", "load", "load_target", "plan", "quantize", "save"]
@@ -326,7 +327,13 @@ def _names(names: Sequence[str]) -> tuple[str, ...]:
 
 def _examples(made: QuantPlan, model: Model) -> ExampleInputs:
     """Inputs of the shapes that the plan was made with; their values do not matter to the graph."""
-    zeros = {i.name: torch.zeros(i.shape, dtype=getattr(torch, i.dtype)) for i in made.inputs}
+    for i in made.inputs:
+        if i.dtype not in DTYPES or min(i.shape, default=0) < 0:
+            raise PlanError(
+                f"plan: inputs.{i.name}: must have a dtype of torch and sizes of 0 or more; got {i.dtype!r} and "
+                f"{list(i.shape)}. Plan again, or pass example_inputs."
+            )
+    zeros = {i.name: torch.zeros(i.shape, dtype=DTYPES[i.dtype]) for i in made.inputs}
     if isinstance(model, nn.Module) and set(zeros) <= set(inspect.signature(model.forward).parameters):
         return zeros
     return tuple(zeros.values())

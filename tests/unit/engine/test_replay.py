@@ -57,6 +57,17 @@ def test_a_plan_knows_the_target_of_a_file(
     assert qhw.quantize(graph, made, calibration=images[:32], target=target, registry=registry).target == target
 
 
+@pytest.mark.parametrize("change", [{"dtype": "float31"}, {"dtype": ""}, {"shape": [2, -3, 8, 8]}], ids=str)
+def test_edited_inputs_are_refused_before_the_model_is_captured(
+    plan: QuantPlan, target: TargetSpec, registry: Registry, net: nn.Module, images: Tensor, change: dict[str, Any]
+) -> None:
+    data = json.loads(plan.to_json())
+    data["inputs"][0].update(change)
+    edited = QuantPlan.from_json(json.dumps(data))
+    with pytest.raises(PlanError, match=r"^plan: inputs\.x: must have a dtype of torch and sizes of 0 or more; got '"):
+        qhw.quantize(net, edited, target=target, calibration=images[:32], registry=registry)
+
+
 def named(items: Any, name: str) -> Any:
     return next(item for item in items if item["name"] == name)
 
