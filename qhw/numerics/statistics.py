@@ -2,13 +2,14 @@
 """Statistics of tensors seen during calibration that give the same bytes for any order and split of the data."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from qhw.errors import CalibrationError
 from qhw.numerics.affine import check_range
-from qhw.numerics.granularity import Granularity, PerTensor, in_memory_order, range_of
+from qhw.numerics.granularity import Granularity, PerTensor, in_memory_order, parameter_shape, range_of, to_rows
 
 BINS_PER_SIGN = 8192
 _BITS = 13
@@ -83,6 +84,129 @@ class MinMax:
         if self._max is None:
             raise CalibrationError(_unseen(self.name))
         return self._max
+
+
+class MinMaxSeries:
+    """Exact lowest and highest value of each micro-batch, kept by the micro-batch's number.
+
+    For reductions that depend on the order of the data. Processes that share the micro-batches number them as one
+    process would, and merge: the series is then that of one process.
+
+    Args:
+        name: The tensor's name, for messages.
+        first: Number of the micro-batch that the first update shows.
+        step: From one update's number to the next one's; the count of processes where they take turns.
+    """
+
+    def __init__(self, name: str = "tensor", *, first: int = 0, step: int = 1) -> None:
+        self.name = name
+        self._first = first
+        self._step = step
+        self._updates: list[tuple[float, float] | None] = []
+        self._others: dict[int, tuple[float, float]] = {}
+
+    def update(self, x: Tensor) -> None:
+        """Take in the next micro-batch; an empty one has a number and no range.
+
+        Args:
+            x: float [*shape].
+
+        Raises:
+            RangeError: x has a NaN or an infinite value.
+        """
+        found = None
+        if x.numel():
+            low, high = range_of(x.detach(), PerTensor())
+            check_range(low, high, self.name)
+            found = (low.item(), high.item())
+        self._updates.append(found)
+
+    def join_updates(self, num_micro_batches: int) -> None:
+        """Make one of the updates that show the same micro-batch, where a series sees several tensors in turn.
+
+        Args:
+            num_micro_batches: How many were shown; each by equally many updates, one after the other.
+
+        Raises:
+            CalibrationError: the updates do not fall into that many equal parts.
+        """
+        size, rest = divmod(len(self._updates), max(num_micro_batches, 1))
+        if rest:
+            raise CalibrationError(
+                f"{self.name}: {len(self._updates)} updates must fall into equal parts; got {num_micro_batches} "
+                "micro-batches. Update as often for each."
+            )
+        parts = [self._updates[i : i + size] for i in range(0, len(self._updates), max(size, 1))]
+        self._updates = [_hull(part) for part in parts]
+
+    def merge(self, other: "MinMaxSeries") -> None:
+        """Take in what another instance saw; in any order the result is the same.
+
+        Raises:
+            CalibrationError: both saw a micro-batch of the same number.
+        """
+        mine, theirs = self._ranges(), other._ranges()
+        both = sorted(mine.keys() & theirs.keys())
+        if both:
+            raise CalibrationError(
+                f"{self.name}: micro-batches must be seen once; got number {both[0]} from both. "
+                "Number those of each process with first= and step=."
+            )
+        self._others |= theirs
+
+    def _ranges(self) -> dict[int, tuple[float, float]]:
+        """Number to range, in the order of the numbers."""
+        own = {self._first + i * self._step: found for i, found in enumerate(self._updates) if found is not None}
+        return dict(sorted((own | self._others).items()))
+
+    @property
+    def min(self) -> Tensor:
+        """Lowest values, float64 [micro-batches], in the order of their numbers, without those that are empty.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        return self._bounds(0)
+
+    @property
+    def max(self) -> Tensor:
+        """Highest values, as `min`.
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        return self._bounds(1)
+
+    def _bounds(self, end: int) -> Tensor:
+        ranges = self._ranges()
+        if not ranges:
+            raise CalibrationError(_unseen(self.name))
+        return torch.tensor([found[end] for found in ranges.values()], dtype=torch.float64)
+
+
+def _hull(ranges: list[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """The range that covers some; None where there is none."""
+    known = [found for found in ranges if found is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def moving_average(values: Tensor, momentum: float) -> Tensor:
+    """Exponential moving average over the first axis, in its order.
+
+        m_0 = x_0;  m_i = momentum * m_(i-1) + (1 - momentum) * x_i
+
+    Args:
+        values: float [steps, *shape], at least one step.
+        momentum: From 0 (the last value) to below 1.
+
+    Returns:
+        Tensor: float64 [*shape].
+    """
+    first, *others = values.double()
+    average: Tensor = first
+    for value in others:
+        average = average + (1.0 - momentum) * (value - average)  # this form keeps a constant as it is
+    return average
 
 
 class Histogram:
@@ -173,6 +297,27 @@ class Histogram:
             raise CalibrationError(_unseen(self.name))
         return torch.tensor(self._max, dtype=torch.float32)
 
+    def percentile_range(self, percentile: float) -> tuple[Tensor, Tensor]:
+        """The narrowest range of whole bins that leaves out no more than a share of the values at each end.
+
+        Its ends are edges of bins, never beyond what was seen; 100 gives the exact range.
+
+        Args:
+            percentile: Above 50, up to 100: at most 100 - percentile percent lie below, and as many above.
+
+        Returns:
+            tuple: lowest and highest value, float32 [].
+
+        Raises:
+            CalibrationError: nothing was seen.
+        """
+        low, high = self.min, self.max
+        left_out = _left_out([self.count], percentile)[0]
+        first = int((self._counts.cumsum(0) > left_out).nonzero()[0])
+        last = len(self._counts) - 1 - int((self._counts.flip(0).cumsum(0) > left_out).nonzero()[0])
+        edges = self.edges.float()
+        return torch.maximum(low, edges[first]), torch.minimum(high, edges[last + 1])
+
     @property
     def bin_width(self) -> float:
         """Width of a bin, a power of two, in the units of the tensor; the middle bin is twice as wide."""
@@ -194,6 +339,38 @@ class Histogram:
         """Middles of the bins, float64 [16383], ascending; that of the middle bin is 0."""
         edges = self.edges
         return (edges[:-1] + edges[1:]) / 2
+
+
+def percentile_range_of(x: Tensor, granularity: Granularity, percentile: float) -> tuple[Tensor, Tensor]:
+    """The narrowest range that leaves out no more than a share of a tensor's elements at each end, exactly.
+
+    Args:
+        x: float [*shape].
+        granularity: Which elements share a range.
+        percentile: Above 50, up to 100: at most floor(n * (100 - percentile) / 100) of a share's n elements lie below
+            the range, and as many above. 100 gives `range_of`.
+
+    Returns:
+        tuple: lowest and highest, of x's dtype, [*P]. Each is an element of x; 0 without elements; NaN where a share
+        holds a NaN.
+    """
+    shape = parameter_shape(granularity, tuple(x.shape))
+    low, high = range_of(x, granularity)
+    if x.numel() == 0:
+        return low, high
+    # What pads a ragged last group sorts behind all elements, so that ranks count from the front.
+    rows = to_rows(x, granularity, fill=math.inf).sort(1).values
+    present = to_rows(torch.ones_like(x, dtype=torch.bool), granularity, fill=False).sum(1)
+    left_out = torch.tensor(_left_out(present.tolist(), percentile), device=x.device)[:, None]
+    lowest, highest = rows.gather(1, left_out), rows.gather(1, present[:, None] - 1 - left_out)
+    broken = torch.isnan(low)
+    return torch.where(broken, low, lowest.reshape(shape)), torch.where(broken, high, highest.reshape(shape))
+
+
+def _left_out(counts: list[int], percentile: float) -> list[int]:
+    """floor(count * (100 - percentile) / 100), exactly: 99.99 is the decimal number, not its neighbour in binary."""
+    share = 1 - Fraction(str(percentile)) / 100
+    return [count * share.numerator // share.denominator for count in counts]
 
 
 def _fold(counts: Tensor, doublings: int) -> Tensor:

@@ -2,6 +2,8 @@
 """MinMax and Histogram: counts by hand, and the same bytes for any split, order and merge."""
 
 import math
+import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qhw.errors import CalibrationError, RangeError
-from qhw.numerics import Histogram, MinMax, PerAxis
+from qhw.numerics import Histogram, MinMax, PerAxis, PerGroup, PerTensor
+from qhw.numerics.statistics import MinMaxSeries, moving_average, percentile_range_of
 
 EDGES = [float(np.float32(v)) for v in (0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 3.4e38, 1e-40, -1e-45, 2.0**-112)]
 values = (
@@ -157,3 +160,131 @@ def test_the_order_of_the_memory_changes_no_statistic() -> None:
         seen.update(other)
         assert torch.equal(histogram.counts, same.counts)
         assert (seen.min, seen.max) == (plain.min(), plain.max())
+
+
+def series_of(batches, first=0, step=1):
+    series = MinMaxSeries("fc", first=first, step=step)
+    for batch in batches:
+        series.update(torch.tensor(batch, dtype=torch.float32))
+    return series
+
+
+@given(st.lists(st.lists(values, max_size=4), min_size=1, max_size=9), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_series_split_among_processes_is_that_of_one(batches, data):
+    batches = [[1.0], *batches]
+    whole = series_of(batches)
+    if data.draw(st.booleans()):
+        parts = [series_of(batches[rank::3], rank, 3) for rank in range(3)]
+    else:
+        cut = data.draw(st.integers(0, len(batches)))
+        parts = [series_of(batches[:cut]), series_of(batches[cut:], cut)]
+    merged = MinMaxSeries("fc")
+    for part in data.draw(st.permutations(parts)):
+        merged.merge(pickle.loads(pickle.dumps(part)))  # noqa: S301
+    # By numpy; a batch without elements has no range.
+    expected = np.array([[np.float32(b).min(), np.float32(b).max()] for b in batches if b], dtype=np.float64)
+    for series in (whole, merged):
+        np.testing.assert_array_equal(series.min.numpy(), expected[:, 0])
+        np.testing.assert_array_equal(series.max.numpy(), expected[:, 1])
+        assert series.min.dtype == torch.float64
+
+
+def test_updates_of_several_tensors_become_one_per_micro_batch():
+    series = series_of([[1.0], [-5.0, 2.0], [3.0], [4.0], [], [0.5]])
+    series.join_updates(3)
+    assert (series.min.tolist(), series.max.tolist()) == ([-5.0, 3.0, 0.5], [2.0, 4.0, 0.5])
+    with pytest.raises(CalibrationError, match="fc: 3 updates must fall into equal parts; got 2 micro-batches"):
+        series.join_updates(2)
+
+
+def test_a_micro_batch_seen_twice_is_refused_by_name():
+    with pytest.raises(CalibrationError, match="fc: micro-batches must be seen once; got number 1 from both"):
+        series_of([[1.0], [2.0]]).merge(series_of([[3.0]], first=1))
+
+
+def test_a_series_refuses_what_is_not_finite_and_says_when_nothing_was_seen():
+    with pytest.raises(RangeError, match="fc: values must be finite; got nan"):
+        series_of([[1.0, float("nan")]])
+    for bound in ("min", "max"):
+        with pytest.raises(CalibrationError, match="fc: a range needs at least one value; got none"):
+            getattr(series_of([[]]), bound)
+
+
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20), st.sampled_from([0.0, 0.5, 0.9]))
+def test_the_moving_average_is_that_of_its_definition(numbers, momentum):
+    expected = Fraction(numbers[0])
+    for number in numbers[1:]:
+        expected = Fraction(momentum) * expected + (1 - Fraction(momentum)) * Fraction(number)
+    found = moving_average(torch.tensor(numbers, dtype=torch.float32), momentum)
+    # Two float64 roundings a step, of values up to the largest.
+    assert abs(Fraction(found.item()) - expected) <= Fraction(1, 2**47) * max(abs(Fraction(n)) for n in numbers)
+    assert found.dtype == torch.float64
+
+
+def test_the_moving_average_of_a_constant_is_the_constant():
+    x = torch.full((50, 2), 0.1)
+    assert torch.equal(moving_average(x, 0.9), x[0].double())
+
+
+def quantile(x, percentile):
+    """floor(n * (100 - percentile) %) values left out at each end, by sorting."""
+    ordered = np.sort(x.reshape(-1))
+    left_out = math.floor(ordered.size * (1 - Fraction(str(percentile)) / 100))
+    return ordered[left_out], ordered[ordered.size - 1 - left_out]
+
+
+@pytest.mark.parametrize("percentile", [100.0, 99.99, 99.9, 90.0, 50.1])
+@pytest.mark.parametrize("size", [1, 2, 9_999, 10_000, 20_000])
+def test_percentiles_of_a_histogram_are_those_of_numpy_to_a_bin(size, percentile):
+    x = np.float32(np.random.default_rng(size).standard_t(3, size) + 0.5)
+    histogram = filled(x.tolist())
+    low, high = (bound.item() for bound in histogram.percentile_range(percentile))
+    exact_low, exact_high = quantile(x, percentile)
+    width = histogram.bin_width
+    # The middle bin is two widths.
+    assert exact_low - 2 * width <= low <= exact_low
+    assert exact_high <= high <= exact_high + 2 * width
+    if percentile == 100.0 or (size < 1000 and percentile > 99.0):
+        assert (low, high) == (x.min(), x.max())
+
+
+def test_ten_thousand_values_leave_out_one_at_each_end():
+    # 10,000 * (100 - 99.99) / 100 is 0.99999... in binary.
+    x = torch.arange(10_000.0)
+    assert filled(x.tolist()).percentile_range(99.99)[1].item() < 10_000 - 1 + 1e-3
+    low, high = percentile_range_of(x, PerTensor(), 99.99)
+    assert (low.item(), high.item()) == (1.0, 9_998.0)
+
+
+@pytest.mark.parametrize("numbers", [[0.0] * 5, [3.0] * 5, [-2.0], [-1.0, -4.0, -1.5]], ids=str)
+def test_percentiles_of_few_values_are_the_range(numbers):
+    low, high = filled(numbers).percentile_range(99.99)
+    assert (low.item(), high.item()) == (min(numbers), max(numbers))
+
+
+def test_percentiles_of_an_empty_histogram_are_refused():
+    with pytest.raises(CalibrationError, match="fc: a range needs at least one value; got none"):
+        Histogram("fc").percentile_range(99.0)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0), PerAxis(1), PerGroup(1, 7)], ids=str)
+@pytest.mark.parametrize("percentile", [100.0, 90.0, 60.0])
+def test_percentiles_of_a_tensor_are_exact_for_each_share(granularity, percentile):
+    x = np.float32(np.random.default_rng(3).normal(size=(6, 17)))
+    shares = {
+        PerTensor(): [x],
+        PerAxis(0): list(x),
+        PerAxis(1): list(x.T),
+        PerGroup(1, 7): [x[row, start : start + 7] for row in range(6) for start in (0, 7, 14)],
+    }[granularity]
+    low, high = percentile_range_of(torch.from_numpy(x), granularity, percentile)
+    expected = [quantile(share, percentile) for share in shares]
+    assert list(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)) == expected
+
+
+def test_percentiles_of_no_element_and_of_nan():
+    low, high = percentile_range_of(torch.empty(2, 0), PerAxis(0), 99.0)
+    assert (low.tolist(), high.tolist()) == ([0.0, 0.0], [0.0, 0.0])
+    low, _ = percentile_range_of(torch.tensor([[1.0, float("nan")], [2.0, 3.0]]), PerAxis(0), 99.0)
+    assert math.isnan(low[0]) and low[1] == 2.0
