@@ -13,8 +13,11 @@ from qhw.numerics.qparams import QParams
 
 # torch splits a sum among threads from 32,768 elements on; below, its bytes do not depend on the thread count.
 _BLOCK = 32_000
-# (1) in float32 while no logit moves further: exp(d) - 1 keeps the digits that a difference of logarithms would lose.
+# (1) in float32 while no logit moves further from the mean change of its row, which the softmax does not see:
+# exp(d) - 1 keeps the digits that a difference of logarithms would lose.
 _SMALL = 1.0
+# Square of a float32's last digit: rows that only move as a whole stay below it, and count as unchanged.
+_NOISE = 1e-13
 
 
 def cross_entropy_qparams(logits: Tensor, grid: Grid, name: str = "tensor") -> QParams:
@@ -94,10 +97,13 @@ class CrossEntropy:
         low, high = self._grid.quant_min - zero_point, self._grid.quant_max - zero_point
         image = (rows / scale).round_().clamp_(low, high).mul_(scale)
         change = image - rows
-        smallest, largest = change.aminmax()
         mean = _row_sums(probabilities * change)
+        centred = change.sub_(mean.float()[:, None])
+        smallest, largest = centred.aminmax()
         if max(-smallest.item(), largest.item()) <= _SMALL:
-            return (torch.log1p(_row_sums(torch.expm1(change).mul_(probabilities))) - mean).sum()
+            rest = _row_sums(probabilities * centred)
+            loss = torch.log1p(_row_sums(centred.expm1_().mul_(probabilities))) - rest
+            return torch.where(loss < _NOISE, 0.0, loss).sum()
         highest = image.amax(1, keepdim=True)
         norm = _row_sums(image.sub_(highest).exp_()).log() + highest[:, 0]
         return (norm - norms - mean).sum()
