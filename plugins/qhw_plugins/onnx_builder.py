@@ -10,6 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 __all__ = ["Builder", "packed_int4"]
 
+_MOVES = {
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Expand", "Tile", "Split", "MaxPool",
+    "Identity",
+}  # fmt: skip
+"""What onnxruntime moves Q and DQ across."""
+
 
 class Builder:
     """One ONNX graph in the making.
@@ -72,6 +78,13 @@ class Builder:
     def producer(self, name: str) -> onnx.NodeProto | None:
         """The node that computes a tensor; None for inputs, initializers, and what torch's exporter wrote."""
         return self._producers.get(name)
+
+    def dequantized_from(self, name: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that a tensor comes from with at most data movement between, or None."""
+        node = self.producer(name)
+        while node is not None and node.op_type in _MOVES:
+            node = self.producer(node.input[0])
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def constant(self, values: Any, dtype: Any, name: str = "constant") -> str:
         """A small constant tensor; equal ones are stored once."""

@@ -38,11 +38,6 @@ _STORAGES = tuple(
         ("int16", TensorProto.INT16, np.int16, -32768, 32767, 21),
     )
 )
-_MOVES = {
-    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Expand", "Tile", "Split", "MaxPool",
-    "Identity",
-}  # fmt: skip
-"""What onnxruntime moves Q and DQ across."""
 _INT32 = Storage("int32", TensorProto.INT32, np.int32, -(2**31), 2**31 - 1, 13)
 
 
@@ -114,10 +109,8 @@ def quantized(
 
 def _follows_another_pair(b: Builder, x: str, parameters: list[str]) -> bool:
     """Whether x comes from a DequantizeLinear of other parameters with at most data movement between."""
-    node = b.producer(x)
-    while node is not None and node.op_type in _MOVES:
-        node = b.producer(node.input[0])
-    if node is None or node.op_type != "DequantizeLinear":
+    node = b.dequantized_from(x)
+    if node is None:
         return False
     own, other = (
         [numpy_helper.to_array(b.initializers[name]) for name in names] for names in (parameters, node.input[1:])

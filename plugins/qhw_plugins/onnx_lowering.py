@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from onnx import helper
 from torch import Tensor, fx
@@ -128,6 +129,7 @@ class Lowering:
             return
         translate = _TABLE.get(name)
         c.replaced = self._integer_bias(node, name)
+        c.replaced |= self._kept_from_fusion(node, name)
         try:
             value = translate(c, node) if translate is not None else island(c, node)
         except NotCovered:
@@ -195,6 +197,28 @@ class Lowering:
         if storage is None:
             raise _no_type(group, qparams)
         return quantized(self.builder, x, qparams, storage, group, name, saturated=saturated)
+
+    def _kept_from_fusion(self, node: fx.Node, name: str) -> dict[fx.Node, str]:
+        """An input behind a Clip that changes nothing, where onnxruntime 1.32 must not see the DequantizeLinear.
+
+        Between a DequantizeLinear and a QuantizeLinear it quantizes a layer's float weights to int8 and a float bias
+        to an int32 that may overflow, and makes a QLinearConv of weights in int32 that it then refuses.
+        """
+        if not name.startswith((*_WITH_BIAS, "aten.addmm")):
+            return {}
+        position = 1 if name.startswith("aten.addmm") else 0
+        source, weight = node.args[position : position + 2]
+        quantizer = self._fake_quantizer(weight)
+        storage = None if quantizer is None else storage_of(quantizer.qparams, activation=False, int4=self._int4)
+        bias = node.args[0] if position else argument(node, 2, "bias")
+        float_bias = bias in self._context.known and bias not in self._context.replaced
+        if storage is not None and storage.name != "int32" and not float_bias:
+            return {}
+        x = self._context.tensor(source)
+        if self.builder.dequantized_from(x) is None or not isinstance(source, fx.Node):
+            return {}
+        lowest = self.builder.constant(np.finfo(np.float32).min, np.float32)
+        return {source: self._context.op("Clip", x, lowest, part="float")}
 
     def _integer_bias(self, node: fx.Node, name: str) -> dict[fx.Node, str]:
         """A float bias as int32 codes at input scale times weight scale, where both have one: QLinearConv and QGemm
