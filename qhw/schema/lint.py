@@ -8,6 +8,7 @@ from typing import Literal
 
 from qhw.schema.base import UNKNOWN, Path, leaves
 from qhw.schema.closest import closest
+from qhw.schema.formats import Format
 from qhw.schema.kernels import Kernel
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
@@ -27,6 +28,8 @@ BLOCKING = re.compile(
     r"formats\.\w+\.(kind|bits|signed|codes|per|group_size|zero_point|scale|scale\.(kind|values))"
     r"|kernels\.\w+\.(input|weight|output)|operators\.\w+\.kernels"
 )
+TWO_ACTIVATIONS = frozenset({"Add", "Attention", "Div", "MatMul", "Max", "Min", "Mul", "Sub"})
+"""Kinds whose kernels list the second activation under `weight`; that one may well have no negative values."""
 NO_CLAIMS = ("artefact.exporter", "artefact.executor")
 
 
@@ -64,6 +67,7 @@ def lint(
     """
     found = [
         *_formats(spec),
+        *_weights(spec),
         *_operators(spec),
         *_kinds(spec, known_kinds),
         *_unused(spec),
@@ -98,6 +102,42 @@ def _formats(spec: TargetSpec) -> Iterator[Remark]:
         scale = form.scale
         if isinstance(scale, Scale) and scale.values is None and scale.kind in ("fixed", "enumerated"):
             yield "error", (*path, "scale"), f'kind = "{scale.kind}" needs values. State them.'
+
+
+def _weights(spec: TargetSpec) -> Iterator[Remark]:
+    """Grids on which weights lose their sign or nearly everything else."""
+    for name, kernel in spec.kernels.items():
+        users = {k for k, o in spec.operators.items() if isinstance(o.kernels, tuple) and name in o.kernels}
+        if not isinstance(kernel.weight, tuple) or (users and users <= TWO_ACTIVATIONS):
+            continue
+        path: Path = ("kernels", name, "weight")
+        listed = {format_id: spec.formats[format_id] for format_id in kernel.weight}
+        if all(_is_never_negative(form) for form in listed.values()):
+            codes = "; ".join(f"{i} has codes [{f.quant_min}, {f.quant_max}]" for i, f in listed.items())
+            zeros = "their zero points" if len(listed) > 1 else "its zero point"
+            text = (
+                f"no format holds a negative weight: {codes}, none below {zeros}. State signed codes, or free the zero "
+                "point."
+            )
+            yield "warning", path, text
+        for format_id, form in listed.items():
+            count = _num_codes(form)
+            if count is not None and count < 3:
+                text = f"{format_id} has {count} codes, too few for a weight's sign and 0.0. State at least 3 codes."
+                yield "warning", path, text
+
+
+def _is_never_negative(form: Format) -> bool:
+    """Whether every zero point that is allowed lies at or below the lowest code."""
+    allowed = (form.zero_point,) if isinstance(form.zero_point, int) else form.zero_point
+    low = form.quant_min
+    return low is not None and isinstance(allowed, tuple) and bool(allowed) and all(low >= zero for zero in allowed)
+
+
+def _num_codes(form: Format) -> int | None:
+    """How many codes a tensor may have; None where the file does not determine it."""
+    low, high = form.quant_min, form.quant_max
+    return None if low is None or high is None else high - low + 1
 
 
 def _operators(spec: TargetSpec) -> Iterator[Remark]:

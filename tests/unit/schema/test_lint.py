@@ -57,6 +57,32 @@ CASES = [
         'error: formats.a8.scale: kind = "fixed" needs values. State them.',
     ),
     (
+        "unsigned weights with zero point 0",
+        "codes = [-127, 127], zero_point = 0",
+        "bits = 8, signed = false, zero_point = 0",
+        "warning: kernels.mac.weight: no format holds a negative weight: w8 has codes [0, 255], none below its zero "
+        "point. State signed codes, or free the zero point.",
+    ),
+    (
+        "zero points at the lowest code",
+        "codes = [-127, 127], zero_point = 0",
+        "codes = [0, 3], zero_point = [0]",
+        "warning: kernels.mac.weight: no format holds a negative weight: w8 has codes [0, 3], none below its zero "
+        "point. State signed codes, or free the zero point.",
+    ),
+    (
+        "weights of one bit",
+        "codes = [-127, 127], zero_point = 0",
+        "bits = 1, signed = true, zero_point = 0",
+        "warning: kernels.mac.weight: w8 has 2 codes, too few for a weight's sign and 0.0. State at least 3 codes.",
+    ),
+    (
+        "weights of two codes",
+        "codes = [-127, 127]",
+        "codes = [-1, 0]",
+        "warning: kernels.mac.weight: w8 has 2 codes, too few for a weight's sign and 0.0. State at least 3 codes.",
+    ),
+    (
         "no legal format",
         "codes = [-127, 127], zero_point = 0",
         'kind = "palette"',
@@ -125,6 +151,36 @@ CASES = [
 def test_what_is_missing_is_said(old: str, new: str, message: str) -> None:
     assert old in TINY and message not in said(TINY)
     assert message in said(TINY.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("codes = [-1, 1], zero_point = 0", id="ternary"),
+        pytest.param("bits = 8, signed = false", id="unsigned with no zero point stated"),
+        pytest.param('bits = 8, signed = false, zero_point = "free"', id="unsigned with a free zero point"),
+        pytest.param("bits = 8, signed = false, zero_point = 128", id="unsigned with zero point 128"),
+        pytest.param("bits = 8, signed = false, zero_point = [0, 128]", id="one zero point of two is high enough"),
+        pytest.param('bits = "unknown", signed = false, zero_point = 0', id="codes that are open"),
+    ],
+)
+def test_weights_with_a_sign_and_three_codes_are_not_remarked(form: str) -> None:
+    assert not [
+        line for line in said(TINY.replace("codes = [-127, 127], zero_point = 0", form)) if "mac.weight" in line
+    ]
+
+
+def test_one_format_with_negative_weights_is_enough() -> None:
+    extra = 'formats.u8 = { bits = 8, signed = false, zero_point = 0, per = "tensor" }\naccumulators.acc'
+    text = TINY.replace("accumulators.acc", extra, 1)
+    both = text.replace('weight = ["w8"]', 'weight = ["w8", "u8"]')
+    assert not [line for line in said(both) if "mac.weight" in line]
+    third = 'formats.u4 = { codes = [1, 15], zero_point = 1, per = "tensor" }\naccumulators.acc'
+    neither = text.replace("accumulators.acc", third, 1).replace('weight = ["w8"]', 'weight = ["u8", "u4"]')
+    assert (
+        "warning: kernels.mac.weight: no format holds a negative weight: u8 has codes [0, 255]; u4 has codes [1, 15], "
+        "none below their zero points. State signed codes, or free the zero point."
+    ) in said(neither)
 
 
 def test_data_movement_needs_no_kernel() -> None:
