@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from qhw.decisions import Reason
 from qhw.engine import MatrixForm
+from qhw.errors import RangeError
 from qhw.extension import AlgorithmOptions
 from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, Graph, Operator, Placement
 from qhw.numerics import ChannelNormal
@@ -143,7 +144,10 @@ def told_channels(
     """
     found = {name: Channels.of(normal, 1 if len(normal.mean) > 1 else None) for name, normal in inputs.items()}
     for operator in graph.operators:
-        channels = _channels(graph, operator, normals, found)
+        try:
+            channels = _channels(graph, operator, normals, found)
+        except RangeError:  # NaN or infinite weights: a survey tells nothing of them, the runner refuses them by name
+            continue
         if channels is not None:
             found[operator.name] = channels
     return found
@@ -157,7 +161,7 @@ def folded_normals(graph: Graph, points: Placement) -> dict[str, ChannelNormal]:
 
 
 def batch_norms(graph: Graph) -> list[Operator]:
-    """Batch norms that keep running statistics."""
+    """Batch norms that keep running statistics, with finite scales and shifts."""
     norms = [operator for operator in graph.operators if operator.kind == "BatchNormalization"]
     return [norm for norm in norms if _has_statistics(graph, norm)]
 
@@ -171,7 +175,7 @@ def why_untold(graph: Graph, told: Mapping[str, Channels], value: str) -> Reason
         if before is None:
             kind = str(graph.node(operator.name).target) if operator.kind == "Unknown" else operator.kind
             if operator.kind == "BatchNormalization":
-                kind = "BatchNormalization without running statistics"
+                kind = "BatchNormalization without finite running statistics"
             rule = f"behind {{value}} ({operator.name}) nothing is known of the channels without data"
             return Reason(subject=f"graph.{operator.name}.kind", value=kind, rule=rule)
         operator = operators[before]
@@ -434,7 +438,9 @@ def _constant(graph: Graph, operator: Operator, x: Channels) -> tuple[Channels, 
 
 def _has_statistics(graph: Graph, norm: Operator) -> bool:
     module: Any = graph.module.get_submodule(str(norm.attributes["module"]))
-    return module.running_mean is not None and module.running_var is not None
+    given = [tensor for tensor in (module.weight, module.bias) if tensor is not None]
+    is_finite = all(bool(torch.isfinite(tensor).all()) for tensor in given)
+    return is_finite and module.running_mean is not None and module.running_var is not None
 
 
 def _channel_axis(operator: Operator, rank: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qhw
 from qhw.engine import QuantizedModel
-from qhw.errors import PlanError
+from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry, load_plugins
 from qhw.schema import parse_target
 from qhw.testing import example
@@ -272,3 +272,11 @@ def test_a_plan_that_was_edited_beyond_what_can_be_told_is_refused(plugins: Regi
     edited = plan.model_copy(update={"steps": steps})
     with pytest.raises(PlanError, match=r"^sigmoid: behind Sigmoid \(sigmoid\) .* Plan again, or give"):
         qhw.quantize(graph, edited, calibration=x, registry=plugins)
+
+
+@pytest.mark.parametrize("name", ["conv.weight", "bn.weight", "bn.running_var", "last.bias"])
+def test_broken_parameters_are_named_where_data_is_given(without_data: Any, x: Tensor, name: str) -> None:
+    model = Widened(F.relu)
+    model.state_dict()[name][0] = torch.nan
+    with pytest.raises(RangeError, match=rf"^{name}: holds NaN or infinite values"):
+        without_data(model, x, calibration=x)

@@ -378,8 +378,10 @@ def test_a_batch_norm_without_statistics_tells_nothing() -> None:
     found = told_channels(graph, {}, InputOptions().inputs(graph))
     assert batch_norms(graph) == []
     assert "norm" not in found and "conv" in found
-    assert "without running statistics (norm)" in why_untold(graph, found, graph.output_values[0]).sentence().replace(
-        "aten.batch_norm.default", "without running statistics"
+    sentence = why_untold(graph, found, graph.output_values[0]).sentence()
+    assert sentence == (
+        "behind BatchNormalization without finite running statistics (norm) nothing is known of the channels "
+        "without data (graph.norm.kind)"
     )
 
 
@@ -394,3 +396,13 @@ def test_inputs_are_taken_as_the_options_say() -> None:
     found = InputOptions(input_mean=0.5, input_std=2.0).inputs(graph)
     assert sorted(found) == ["extra", "image"]
     assert (found["image"].mean.tolist(), found["image"].std.tolist()) == ([0.5], [2.0])
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.weight", "fc.bias"])
+def test_what_is_not_a_number_tells_nothing(name: str) -> None:
+    model, x = example("conv_chain")
+    graph = qhw.capture(model, x)
+    graph.set_tensor(name, torch.full_like(graph.tensor(name), torch.nan))
+    found = told_channels(graph, {}, InputOptions().inputs(graph))
+    assert name.partition(".")[0] not in found
+    assert "bn2" in found
