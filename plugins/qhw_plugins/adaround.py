@@ -33,7 +33,9 @@ class AdaRoundOptions(AlgorithmOptions):
     regularization: float = Field(0.01, ge=0, description="lambda of eq. 35.")
     warm_start: float = Field(0.2, ge=0, lt=1, description="Share of the steps before the regularizer sets in.")
     rows: int = Field(16384, ge=64, description="Output positions sampled from each layer, about.")
-    batch_rows: int = Field(1024, ge=16, description="Output positions in one step.")
+    batch_rows: int = Field(
+        1024, ge=16, description="Output positions in one step, at most; twice the inputs of an output do."
+    )
     held_back: float = Field(0.2, gt=0, lt=1, description="Share of the samples that judges the result.")
 
 
@@ -94,11 +96,11 @@ class AdaRound(Algorithm):
 
     def _round(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:
         form, group = layer.form, layer.group
-        grid = _RowGrid(work.weight(group), work.qparams[group], form)
+        grid = RowGrid(work.weight(group), work.qparams[group], form)
         bias = layer.operator.bias
         bias_rows = form.bias_rows(None if bias is None else work.graph.tensor(bias).detach())
         learn, check = sample_rows(layer, self.options.rows, self.options.held_back, seed)
-        up, steps = learn_rounding(learn, grid.floor, grid, bias_rows, self.options)
+        up, steps = learn_rounding(learn, grid, bias_rows, self.options)
         nearest, learned = grid.real(grid.nearest), grid.real(grid.floor + up)
         before, after = check.errors(nearest, bias_rows), check.errors(learned, bias_rows)
         better = after < before
@@ -117,7 +119,7 @@ class AdaRound(Algorithm):
 _ENOUGH = "{{value}} bits: more than {0}, where nearest rounding does (--set adaround.max_bits)"
 
 
-class _RowGrid:
+class RowGrid:
     """A weight's grid, as rows: codes relative to the zero point, and the reals they stand for."""
 
     def __init__(self, weight: Tensor, qparams: QParams, form: Any) -> None:
@@ -140,58 +142,80 @@ class _RowGrid:
         return code.clamp(self.low, self.high) * self.scale
 
 
-def learn_rounding(
-    rows: LayerRows, floor: Tensor, grid: _RowGrid, bias_rows: Tensor, options: AdaRoundOptions
-) -> tuple[Tensor, int]:
+def learn_rounding(rows: LayerRows, grid: RowGrid, bias_rows: Tensor, options: AdaRoundOptions) -> tuple[Tensor, int]:
     """Minimize eq. 35 by Adam with gradients written out.
 
     Args:
         rows: Inputs and wanted outputs.
-        floor: float32 [groups, outputs, inputs], codes rounded down.
-        grid: Scale and bounds of the codes.
+        grid: The weights' grid, [groups, outputs, inputs].
         bias_rows: float32 [groups, 1, outputs].
         options: Steps, rates.
 
     Returns:
-        tuple: 1.0 where a weight is rounded up, else 0.0, like floor; and the steps taken.
+        tuple: 1.0 where a weight is rounded up, else 0.0, like the weights; and the steps taken.
     """
     low, high = rows.clip
-    clipped = math.isfinite(low) or math.isfinite(high)
-    wanted = rows.outputs.clamp(low, high) if clipped else rows.outputs
-    size = min(options.batch_rows, rows.inputs.shape[1])
+    problem = LayerRows(rows.inputs, rows.outputs.clamp(low, high), rows.clip)
+    size = min(options.batch_rows, max(256, 2 * grid.floor.shape[2]), rows.inputs.shape[1])
     starts = range(0, rows.inputs.shape[1] - size + 1, size)
-    rest = grid.rest.clamp(1e-3, 1 - 1e-3)  # 0 and 1 have no finite V
-    v = -torch.log((_ZETA - _GAMMA) / (rest - _GAMMA) - 1)
+    v = start_of(grid.rest)
     # Where rounding up leaves the grid there is nothing to choose.
-    free = ((floor >= grid.low) & (floor < grid.high)).float()
+    free = ((grid.floor >= grid.low) & (grid.floor < grid.high)).float()
     first, second = torch.zeros_like(v), torch.zeros_like(v)
     warm = int(options.warm_start * options.iterations)
     done = 0
     for step in range(options.iterations):
         start = starts[step % len(starts)]
-        x, y = rows.inputs[:, start : start + size], wanted[:, start : start + size]
-        sigmoid = torch.sigmoid(v)
-        h = (sigmoid * (_ZETA - _GAMMA) + _GAMMA).clamp_(0, 1)
-        weight = (floor + h).clamp_(grid.low, grid.high).mul_(grid.scale)
-        error = torch.baddbmm(bias_rows, x, weight.transpose(1, 2))
-        if clipped:
-            passing = (error > low) & (error < high)
-            error.clamp_(low, high).sub_(y).mul_(passing)
-        else:
-            error.sub_(y)
-        gradient = torch.bmm(error.transpose(1, 2), x).mul_(2.0 / size).mul_(grid.scale)
-        if step >= warm and options.regularization:
-            done_share = (step - warm) / max(1, options.iterations - warm)
-            beta = 2.0 + 9.0 * (1.0 + math.cos(math.pi * done_share))
-            centred = 2 * h - 1
-            gradient.sub_(centred.abs().pow_(beta - 1).mul_(centred.sign()), alpha=2 * beta * options.regularization)
-        slope = sigmoid * (1 - sigmoid) * (_ZETA - _GAMMA)
-        gradient.mul_(slope).mul_((h > 0) & (h < 1)).mul_(free)
+        part = slice(start, start + size)
+        batch = LayerRows(problem.inputs[:, part], problem.outputs[:, part], rows.clip)
+        strength = options.regularization if step >= warm else 0.0
+        beta = annealed((step - warm) / max(1, options.iterations - warm))
+        gradient = gradient_of(v, batch, grid, bias_rows, strength, beta).mul_(free)
         _adam(v, gradient, first, second, step + 1, options.learning_rate)
         done = step + 1
         if step >= warm and done % _LOOK_EVERY == 0 and _is_decided(v, free):
             break
     return (v >= 0).float(), done
+
+
+def start_of(rest: Tensor) -> Tensor:
+    """The V whose h is the fraction that rounding down cuts off: the weights start where they are."""
+    rest = rest.clamp(1e-3, 1 - 1e-3)  # 0 and 1 have no finite V
+    return -torch.log((_ZETA - _GAMMA) / (rest - _GAMMA) - 1)
+
+
+def annealed(share: float) -> float:
+    """beta of eq. 34 after a share of the steps since the warm start: from 20 down to 2 by cosine."""
+    return 2.0 + 9.0 * (1.0 + math.cos(math.pi * share))
+
+
+def gradient_of(v: Tensor, batch: LayerRows, grid: RowGrid, bias_rows: Tensor, strength: float, beta: float) -> Tensor:
+    """Gradient by V of eq. 35, the squared error summed over outputs and averaged over rows.
+
+    Args:
+        v: float32 [groups, outputs, inputs].
+        batch: Rows whose outputs are clipped already.
+        grid: The weights' grid.
+        bias_rows: float32 [groups, 1, outputs].
+        strength: lambda.
+        beta: Exponent of the regularizer.
+    """
+    low, high = batch.clip
+    sigmoid = torch.sigmoid(v)
+    h = (sigmoid * (_ZETA - _GAMMA) + _GAMMA).clamp_(0, 1)
+    weight = (grid.floor + h).clamp_(grid.low, grid.high).mul_(grid.scale)
+    error = torch.baddbmm(bias_rows, batch.inputs, weight.transpose(1, 2))
+    if math.isfinite(low) or math.isfinite(high):
+        passing = (error > low) & (error < high)
+        error.clamp_(low, high).sub_(batch.outputs).mul_(passing)
+    else:
+        error.sub_(batch.outputs)
+    gradient = torch.bmm(error.transpose(1, 2), batch.inputs).mul_(2.0 / error.shape[1]).mul_(grid.scale)
+    if strength:
+        centred = 2 * h - 1
+        gradient.sub_(centred.abs().pow_(beta - 1).mul_(centred.sign()), alpha=2 * beta * strength)
+    slope = sigmoid * (1 - sigmoid) * (_ZETA - _GAMMA)
+    return gradient.mul_(slope).mul_((h > 0) & (h < 1))
 
 
 def _adam(v: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float) -> None:

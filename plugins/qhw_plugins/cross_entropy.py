@@ -9,7 +9,7 @@ from torch import Tensor
 from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics.range_loss import cross_entropy_qparams
+from qhw.numerics import cross_entropy_qparams
 from qhw.schema import TargetSpec
 from qhw_plugins.sites import TAKEN, activation_sites, needs_calibration, scale_reasons
 

@@ -9,8 +9,7 @@ from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
 from qhw.engine import MICRO_BATCH
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import qparams_from_range
-from qhw.numerics.statistics import MinMaxSeries, moving_average
+from qhw.numerics import MinMaxSeries, qparams_from_range, running_average
 from qhw.schema import TargetSpec
 from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons
 
@@ -61,7 +60,7 @@ class MovingAverage(Algorithm):
         for group, series in seen.items():
             series.join_updates(num_micro_batches)
             bounds = work.bounded(group, series.min, series.max)
-            low, high = (moving_average(values, self.options.momentum) for values in bounds)
+            low, high = (running_average(values, self.options.momentum) for values in bounds)
             work.set_qparams(group, qparams_from_range(low, high, work.grid(group), name=group))
             figures[group] = {
                 "min": float(series.min.min()),

@@ -10,8 +10,7 @@ from torch import Tensor
 from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import Histogram, qparams_from_range, range_of
-from qhw.numerics.statistics import percentile_range_of
+from qhw.numerics import Histogram, percentile_range_of, qparams_from_range, range_of
 from qhw.schema import TargetSpec
 from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
 

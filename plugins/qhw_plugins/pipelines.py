@@ -4,11 +4,31 @@
 from qhw.decisions import Pipeline, StagePreference
 from qhw.extension import PluginInfo, hookimpl
 
+# The branches of the paper's figure 8 are the algorithms' own: each refuses where data, a batch norm or few bits are
+# missing, and the next in line takes its sites.
+WHITEPAPER_PTQ = Pipeline(
+    name="whitepaper-ptq",
+    summary="Equalize, set ranges, learn the rounding of few bits; without data, correct biases by batch norms.",
+    reference="Nagel et al., 2021, arXiv:2106.08295, figure 8",
+    is_default=True,
+    stages=(
+        StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
+        StagePreference(stage="equalize", algorithms=("cross_layer_equalization", "bias_absorption"), mode="all"),
+        StagePreference(stage="weight_range", algorithms=("mse_weights", "min_max_weights")),
+        StagePreference(stage="round", algorithms=("adaround", "nearest")),
+        StagePreference(
+            stage="correct",
+            algorithms=("empirical_bias_correction", "analytic_bias_correction"),
+            skip_sites_of=("adaround",),
+        ),
+        StagePreference(stage="activation_range", algorithms=("cross_entropy", "mse", "min_max", "batch_norm_ranges")),
+    ),
+)
+
 RANGES_PTQ = Pipeline(
     name="ranges-ptq",
-    summary="Fold batch norms, set ranges by MSE, round to nearest.",
+    summary="Fold batch norms, set ranges by MSE, round to nearest: fast, and nothing else changes.",
     reference="Nagel et al., 2021, arXiv:2106.08295, sections 2.6 and 3.1",
-    is_default=True,
     stages=(
         StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
         StagePreference(stage="weight_range", algorithms=("mse_weights", "min_max_weights")),
@@ -25,4 +45,4 @@ def qhw_plugin_info() -> PluginInfo:
 
 @hookimpl
 def qhw_register_pipelines() -> list[Pipeline]:
-    return [RANGES_PTQ]
+    return [WHITEPAPER_PTQ, RANGES_PTQ]

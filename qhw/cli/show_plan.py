@@ -6,11 +6,14 @@ from collections.abc import Iterable, Iterator
 
 from qhw.cli.console import heading, paragraph
 from qhw.cli.words import accumulator_words, count_words, format_words
-from qhw.decisions import QuantPlan
+from qhw.decisions import QuantPlan, Reason
 from qhw.graph import QuantPoint
 from qhw.schema import TargetSpec
 
 __all__ = ["show_plan"]
+
+_ALGORITHM = 24  # the longest name that does not get a line of its own
+_WHY = 18 + _ALGORITHM + 2
 
 
 def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | None = None) -> None:
@@ -29,20 +32,37 @@ def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | No
     print()
     _show_placement(plan, target)
     print()
-    heading(f"{'Stage':<18}{'Algorithm':<22}Why")
+    heading(f"{'Stage':<18}{'Algorithm':<{_ALGORITHM + 2}}Why")
     for step in plan.steps:
-        paragraph(f"{step.stage:<18}{step.algorithm}", f"{step.verdict.sentence()}; {_sites(len(step.sites))}", left=40)
+        why = f"{_grouped(step.verdict.reasons)}; {_sites(len(step.sites))}"
+        if len(step.algorithm) > _ALGORITHM:
+            print(f"{step.stage:<18}{step.algorithm}")
+        paragraph("" if len(step.algorithm) > _ALGORITHM else f"{step.stage:<18}{step.algorithm}", why, left=_WHY)
+        if step.left_out:
+            reasons = [reason for site in step.left_out for reason in site.verdict.reasons]
+            paragraph("", f"left out, {len(step.left_out)}: {_grouped(reasons)}", left=_WHY)
     if plan.refused:
         print()
         heading("Refused")
         for refusal in plan.refused:
-            paragraph(refusal.algorithm, refusal.verdict.sentence(), left=24, indent=2)
+            paragraph(refusal.algorithm, _grouped(refusal.verdict.reasons), left=29, indent=2)
     _show_hints(plan, target)
     if plan.notes:
         print()
         heading("Not known of this target")
         for note in plan.notes:
             paragraph(note.subject, note.rule.replace("{value}", str(note.value)), left=34, indent=2)
+
+
+def _grouped(reasons: Iterable[Reason]) -> str:
+    """Reasons in words; those that say the same of several things are said once."""
+    subjects: dict[str, list[str]] = {}
+    for reason in reasons:
+        subjects.setdefault(reason.statement(), []).append(reason.subject)
+    return "; ".join(
+        f"{words} ({found[0]}{f' and {len(set(found)) - 1} more' if len(set(found)) > 1 else ''})"
+        for words, found in subjects.items()
+    )
 
 
 def _sites(number: int) -> str:

@@ -18,6 +18,9 @@ class StagePreference(PlanData):
     stage: Stage
     algorithms: tuple[str, ...] = Field(description="Algorithm names, most preferred first.")
     mode: Literal["first", "all"] = "first"
+    skip_sites_of: tuple[str, ...] = Field(
+        (), description="Algorithms of earlier stages; what they act on is left alone here."
+    )
 
 
 class Rank(PlanData):

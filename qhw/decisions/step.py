@@ -5,7 +5,7 @@ from pydantic import Field
 
 from qhw.decisions.base import Json, PlanData
 from qhw.decisions.stages import Stage
-from qhw.decisions.verdict import Verdict
+from qhw.decisions.verdict import Site, Verdict
 
 
 class Step(PlanData):
@@ -16,6 +16,7 @@ class Step(PlanData):
     options: dict[str, Json] = Field({}, description="Options that differ from the algorithm's defaults.")
     sites: tuple[str, ...]
     verdict: Verdict
+    left_out: tuple[Site, ...] = Field((), description="Places where it does not act, each with the reason.")
 
 
 class Refusal(PlanData):

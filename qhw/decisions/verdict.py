@@ -16,9 +16,13 @@ class Reason(PlanData):
     value: Json = Field(description="The value found there.")
     rule: str = Field(description="What follows from it, in words; {value} stands for the value.")
 
+    def statement(self) -> str:
+        """The reason in words."""
+        return self.rule.replace("{value}", _word(self.value))
+
     def sentence(self) -> str:
         """The reason in words, with the place where the fact stands."""
-        return f"{self.rule.replace('{value}', _word(self.value))} ({self.subject})"
+        return f"{self.statement()} ({self.subject})"
 
 
 class Verdict(PlanData):

@@ -129,8 +129,12 @@ class _Order:
             raise PlanError(f"plan: '{both[0]}' is both preferred and left out. Drop one of --prefer and --without.")
         for name, values in overrides.options.items():
             options_for(_known(registry.algorithm, name, "--set"), values, f"--set {name}")
+        self._absent: dict[Stage, list[str]] = {}
         for preference in pipeline.stages:
             for name in preference.algorithms:
+                if name not in registry.algorithms and registry.blocked:
+                    self._absent.setdefault(preference.stage, []).append(name)
+                    continue
                 stage = _known(registry.algorithm, name, f"pipeline '{pipeline.name}': stage {preference.stage}").stage
                 if stage != preference.stage:
                     raise PlanError(
@@ -142,15 +146,33 @@ class _Order:
         self._overrides = overrides
         self._stages = {preference.stage: preference for preference in pipeline.stages}
 
+    @property
+    def pipeline_name(self) -> str:
+        """Name of the pipeline."""
+        return self._pipeline.name
+
     def mode(self, stage: Stage) -> str:
         """`first` or `all`."""
         return self._stages[stage].mode if stage in self._stages else "first"
+
+    def absent(self, stage: Stage) -> list[Refusal]:
+        """Algorithms that the pipeline names and that went with a plugin the user blocks."""
+        reason = "{value} came with none of the plugins that are not blocked"
+        return [
+            _refusal(stage, name, Reason(subject="QHW_BLOCK", value=name, rule=reason))
+            for name in self._absent.get(stage, ())
+        ]
+
+    def skipped(self, stage: Stage, steps: Iterable[Step]) -> dict[str, str]:
+        """Sites that the pipeline leaves alone at a stage, each with the algorithm of an earlier stage it went to."""
+        names = self._stages[stage].skip_sites_of if stage in self._stages else ()
+        return {site: step.algorithm for step in steps if step.algorithm in names for site in step.sites}
 
     def candidates(self, stage: Stage) -> list[_Candidate]:
         """All registered algorithms of a stage, most preferred first; those that may not run carry the reason."""
         known = {name: entry for name, entry in self._registry.algorithms.items() if entry.value.stage == stage}
         listed = _with_strangers(
-            list(self._stages[stage].algorithms) if stage in self._stages else [],
+            [n for n in self._stages[stage].algorithms if n in known] if stage in self._stages else [],
             {
                 name: rank.before
                 for name, entry in sorted(known.items())
@@ -204,6 +226,8 @@ def _run_stage(
     chosen: _Chosen,
 ) -> list[str]:
     """Survey a stage's algorithms in order and give each its sites; returns the operators that its steps absorb."""
+    chosen.refused.extend(order.absent(stage))
+    done = order.skipped(stage, chosen.steps)
     taken_by: dict[str, str] = {}
     absorbed: list[str] = []
     for candidate in order.candidates(stage):
@@ -211,7 +235,7 @@ def _run_stage(
         if candidate.refusal is not None:
             chosen.refused.append(_refusal(stage, name, candidate.refusal))
             continue
-        survey = _survey(candidate, graph, placement, target, resources)
+        survey = _without(done, _survey(candidate, graph, placement, target, resources), order.pipeline_name)
         free = [site for site in survey.taken if order.mode(stage) == "all" or site.name not in taken_by]
         if not free:
             chosen.refused.append(Refusal(stage=stage, algorithm=name, verdict=_why_not(survey, taken_by)))
@@ -225,6 +249,7 @@ def _run_stage(
                 options=dict(candidate.options),
                 sites=tuple(site.name for site in free),
                 verdict=_step_verdict(survey, free),
+                left_out=tuple(site for site in survey.sites if not site.verdict.taken),
             )
         )
     return absorbed
@@ -266,12 +291,22 @@ def _why_not(survey: Survey, taken_by: Mapping[str, str]) -> Verdict:
 
 
 def _step_verdict(survey: Survey, sites: list[Site]) -> Verdict:
-    """Why the step runs, and why it leaves out the sites that its algorithm refused."""
-    left = [site for site in survey.sites if not site.verdict.taken]
+    """Why the step runs."""
     return Verdict(
-        taken=True,
-        reasons=_distinct((*survey.verdict.reasons, *(r for s in [*sites, *left] for r in s.verdict.reasons))),
+        taken=True, reasons=_distinct((*survey.verdict.reasons, *(r for s in sites for r in s.verdict.reasons)))
     )
+
+
+def _without(done: Mapping[str, str], survey: Survey, pipeline: str) -> Survey:
+    """A survey without the sites that an algorithm of an earlier stage has dealt with."""
+
+    def left(site: Site) -> Site:
+        if site.name not in done or not site.verdict.taken:
+            return site
+        reason = Reason(subject=f"pipeline {pipeline}", value=done[site.name], rule="{value} has dealt with it")
+        return site.model_copy(update={"verdict": Verdict(taken=False, reasons=(reason,))})
+
+    return survey.model_copy(update={"sites": tuple(map(left, survey.sites))}) if done else survey
 
 
 def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
@@ -315,4 +350,8 @@ def _way_out(stage: Stage, chosen: _Chosen) -> str:
         if refusal.stage == stage
         for reason in refusal.verdict.reasons
     )
-    return "Pass calibration=." if needs_data else "Choose another pipeline, or install a plugin that has one."
+    return (
+        "Pass calibration= (--calibration DATA)."
+        if needs_data
+        else "Choose another pipeline, or install a plugin that has one."
+    )

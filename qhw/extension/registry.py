@@ -66,6 +66,11 @@ class Registry:
     unmatched_blocks: tuple[str, ...] = ()
     loaded: tuple[Plugin, ...] = field(default=(), repr=False)
 
+    @property
+    def blocked(self) -> tuple[str, ...]:
+        """Plugins that are installed and were not loaded, as the user wishes."""
+        return tuple(record.name for record in self.plugins if record.state == "blocked")
+
     def target_names(self) -> tuple[str, ...]:
         """All registered targets, as `<vendor>/<chip>`."""
         return tuple(self.targets)

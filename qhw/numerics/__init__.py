@@ -10,8 +10,9 @@ from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, quantize
+from qhw.numerics.range_loss import cross_entropy_qparams
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_right
-from qhw.numerics.statistics import Histogram, MinMax
+from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_range_of, running_average
 
 __all__ = [
     "ROUNDING_RULES",
@@ -21,6 +22,7 @@ __all__ = [
     "Grid",
     "Histogram",
     "MinMax",
+    "MinMaxSeries",
     "PerAxis",
     "PerGroup",
     "PerTensor",
@@ -30,6 +32,7 @@ __all__ = [
     "accumulator_bounds",
     "affine_qparams",
     "code_dtype",
+    "cross_entropy_qparams",
     "dequantize",
     "expand",
     "fake_quantize",
@@ -37,10 +40,12 @@ __all__ = [
     "mse_qparams_from_histogram",
     "mse_qparams_from_tensor",
     "parameter_shape",
+    "percentile_range_of",
     "qparams_from_range",
     "quantize",
     "range_of",
     "round_real",
+    "running_average",
     "scale_candidates",
     "shift_right",
     "symmetric_qparams",

@@ -190,7 +190,7 @@ def _hull(ranges: list[tuple[float, float] | None]) -> tuple[float, float] | Non
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
-def moving_average(values: Tensor, momentum: float) -> Tensor:
+def running_average(values: Tensor, momentum: float) -> Tensor:
     """Exponential moving average over the first axis, in its order.
 
         m_0 = x_0;  m_i = momentum * m_(i-1) + (1 - momentum) * x_i

@@ -21,9 +21,10 @@ import qhw
 from qhw.engine import Calibration, Context, SilentProgress, Work
 from qhw.extension import load_plugins
 from qhw.numerics import Histogram, MinMax, mse_qparams_from_histogram, qparams_from_range
-from qhw.numerics.statistics import MinMaxSeries, moving_average
+from qhw.numerics.statistics import MinMaxSeries, running_average
 from qhw.schema import parse_target
-from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest
+from tests import pipelines
 
 WORLD = 2
 TARGET = """
@@ -94,7 +95,7 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
             low, high = statistic.min, statistic.max
             said[f"{kind} {group}"] = exact(low, high)
             if kind == "MinMaxSeries":
-                low, high = moving_average(low, 0.9), moving_average(high, 0.9)
+                low, high = running_average(low, 0.9), running_average(high, 0.9)
                 said[f"average {group}"] = exact(low, high)
             qparams = qparams_from_range(low, high, grid)
             if kind == "Histogram":

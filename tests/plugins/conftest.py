@@ -12,7 +12,8 @@ import qhw
 from qhw.engine import QuantizedModel
 from qhw.extension import Registry, load_plugins
 from qhw.schema import parse_target
-from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest
+from tests import pipelines
 
 PLUGINS = (batch_norm_folding, min_max, mse, nearest, pipelines)
 

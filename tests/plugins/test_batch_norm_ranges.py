@@ -15,7 +15,8 @@ from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry, load_plugins
 from qhw.schema import parse_target
 from qhw.testing import example
-from qhw_plugins import batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest, pipelines
+from qhw_plugins import batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest
+from tests import pipelines
 
 PLUGINS = (batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest, pipelines)
 TARGET = """
@@ -188,7 +189,7 @@ def test_without_the_facts_it_is_refused(without_data: Any, x: Tensor, model: nn
         without_data(model, x)
     message = str(caught.value)
     assert words in message.partition("batch_norm_ranges: ")[2].partition("; min_max: ")[0]
-    assert message.endswith("Pass calibration=.")
+    assert message.endswith("Pass calibration= (--calibration DATA).")
 
 
 def test_the_same_network_with_the_facts_is_taken(without_data: Any, x: Tensor) -> None:

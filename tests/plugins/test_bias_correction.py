@@ -18,7 +18,8 @@ from qhw.extension import Registry, load_plugins
 from qhw.graph import Graph
 from qhw.numerics import fake_quantize
 from qhw.schema import parse_target
-from qhw_plugins import batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest, pipelines
+from qhw_plugins import batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest
+from tests import pipelines
 
 PLUGINS = (batch_norm_folding, batch_norm_ranges, bias_correction, min_max, mse, nearest, pipelines)
 EMPIRICAL, ANALYTIC = "empirical_bias_correction", "analytic_bias_correction"

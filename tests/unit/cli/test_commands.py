@@ -60,7 +60,7 @@ def check_one_line(ran: Any, *words: str) -> None:
 def test_plan_reads_like_an_explanation(qhw_run: Run) -> None:
     ran = qhw_run(*PLAN)
     assert ran.status == 0, ran.err
-    assert "acme/tiny · net:model · pipeline ranges-ptq · calibration data" in ran.out
+    assert "acme/tiny · net:model · pipeline whitepaper-ptq · calibration data" in ran.out
     # 8 x 3 x 9 x 36 + 8 x 4 multiply-accumulates, all on the accelerator
     assert "100.0 % of 7.81 k MACs" in ran.out
     assert "GlobalAveragePool" in ran.out and "the target does not list it" in ran.out
@@ -274,7 +274,7 @@ MISTAKES = {
     "model function returns data": (("plan", "net:nothing", "--target", "tiny.toml"), ("must return (nn.Module",)),
     "pickled model": (("plan", "net.pt", "--target", "tiny.toml"), ("run code when loaded",)),
     "model is no name": (("plan", "net", "--target", "tiny.toml"), ("must be module:callable",)),
-    "no data": (PLAN[:4], ("needs calibration data", "calibration")),
+    "no data": ((*PLAN[:4], "--without", "batch_norm_ranges"), ("needs calibration data", "calibration")),
     "empty data": ((*QUANTIZE[:4], "-c", "net:nothing", "-o", "out/x"), ("holds no sample",)),
     "data function raises": ((*QUANTIZE[:4], "-c", "net:broken", "-o", "out/x"), ("the disk is gone",)),
     "no such file": ((*PLAN[:4], "-c", "no.npz"), ("no such file",)),
@@ -340,7 +340,7 @@ def test_one_array_is_enough_for_one_input(qhw_run: Run, folder: Path) -> None:
     for name in ("images.npy", "renamed.npz"):
         ran = qhw_run(*QUANTIZE[:4], "--out", "out/net", "--calibration", name)
         assert ran.status == 0, ran.err
-        assert "pipeline ranges-ptq · calibration data (20 samples)" in qhw_run(*PLAN[:4], "-c", name).out
+        assert "pipeline whitepaper-ptq · calibration data (20 samples)" in qhw_run(*PLAN[:4], "-c", name).out
     check_one_line(qhw_run(*PLAN[:4], "-c", "none.npy"), "none.npy: no such file")
     ran = qhw_run(*QUANTIZE, "--evaluate", "images.npy")
     check_one_line(ran, "images.npy: must be a dict of arrays with 'labels', or batches; got ndarray")

@@ -13,7 +13,8 @@ from qhw.engine import QuantizedModel
 from qhw.extension import PluginInfo, Registry, hookimpl, load_plugins
 from qhw.graph import Graph
 from qhw.schema import TargetSpec, parse_target
-from qhw_plugins import batch_norm_folding, min_max, mse, nearest, pipelines
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest
+from tests import pipelines
 
 SHIPPED = [
     (module.__name__.rpartition(".")[2], module) for module in (batch_norm_folding, min_max, mse, nearest, pipelines)

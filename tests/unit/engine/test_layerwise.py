@@ -103,9 +103,7 @@ def test_what_exceeds_the_memory_lies_in_files_and_is_the_same(walk: Any) -> Non
 
 def test_only_weights_are_walked_through(walk: Any) -> None:
     work, context = walk()
-    with pytest.raises(
-        PlanError, match=r"^x: must be a weight; got a point of role input\. Walk"
-    ):
+    with pytest.raises(PlanError, match=r"^x: must be a weight; got a point of role input\. Walk"):
         next(layers(work, context, ["x"]))
 
 

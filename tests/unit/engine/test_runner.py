@@ -154,7 +154,26 @@ def test_a_grouped_transposed_convolution_repeats_its_weight_scales(images: Tens
     assert torch.equal(found["bias"].scale, found["input"].scale * found["weight"].scale.repeat(2))
 
 
-def test_a_bias_that_leaves_its_width_is_refused(images: Tensor, quantize: Quantize) -> None:
+def test_a_bias_that_leaves_its_width_gets_coarser_weights(images: Tensor, quantize: Quantize) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1] *= 1e-9  # type: ignore[operator,union-attr,index]
+        model[0].bias.copy_(torch.tensor([0.5, -3.0, 1.0]))  # type: ignore[union-attr,arg-type,operator]
+    result = quantize(model, images[:32])
+    found = result.encodings()
+    codes = result.codes(result.plan.point("0.bias")).tolist()
+    # The dead channel's bias takes (nearly) the whole 32 bits, the others keep the scale their weights ask for.
+    assert -(2**31) < codes[1] < -(2**31) * 0.999
+    assert found["0.weight"].scale[0].item() == pytest.approx(model[0].weight[0].abs().max().item() / 127, rel=0.2)  # type: ignore[operator,union-attr,index]
+    with torch.no_grad():
+        wrong = (result(images[:32]) - model(images[:32])).abs().amax((0, 2, 3))
+    output = found["0"].scale.item()
+    assert wrong[1].item() <= output / 2 * (1 + 1e-4)  # the rounding of the output alone
+
+
+def test_a_bias_that_leaves_its_width_is_refused_where_all_channels_share_a_scale(
+    images: Tensor, quantize: Quantize, target_with: Callable[..., TargetSpec]
+) -> None:
     model = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()
     with torch.no_grad():
         model[0].weight.fill_(127 * 2.0**-30)  # type: ignore[operator,union-attr]
@@ -162,8 +181,9 @@ def test_a_bias_that_leaves_its_width_is_refused(images: Tensor, quantize: Quant
     x = torch.full((32, 3, 2, 2), 255 * 2.0**-30)
     # Scale 2**-30 * 2**-30: 1.0 is code 2**60, which has 61 bits and a sign.
     message = r"^0\.bias: needs 62 bits at scale input\*weight; biases\.b has 32\. Keep '0' in float with --keep-float"
+    shared = target_with(('zero_point = 0, per = "out_channel" }', 'zero_point = 0, per = "tensor" }'))
     with pytest.raises(PlanError, match=message):
-        quantize(model, x)
+        quantize(model, x, shared)
 
 
 def test_a_bias_scale_of_its_own_is_the_finest_that_covers_it(

@@ -163,7 +163,7 @@ def test_without_data_the_error_says_what_was_tried_and_the_way_out(
     message = (
         r"^x: no algorithm fits target 'acme/tiny' for its activations \(8-bit, per tensor\)\. mse: needs calibration "
         r"data \(resources\.calibration\); min_max: needs calibration data \(resources\.calibration\)\. "
-        r"Pass calibration=\.$"
+        r"Pass calibration= \(--calibration DATA\)\.$"
     )
     with pytest.raises(PlanError, match=message):
         select(graph, target, registry, Resources())
@@ -278,9 +278,10 @@ def test_a_step_says_why_it_leaves_a_site_out(target: TargetSpec, registry: Regi
     layers = (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Tanh(), nn.BatchNorm2d(3))
     plan = select(qhw.capture(nn.Sequential(*layers).eval(), torch.randn(2, 3, 4, 4)), target, registry, DATA)
     assert plan.steps[0].sites == ("1",)
-    assert plan.steps[0].verdict.sentence() == (
-        "1 of 2 batch norms can be folded (graph.batch_norms); it follows Tanh, which has no weights (graph.3.producer)"
-    )
+    assert plan.steps[0].verdict.sentence() == ("1 of 2 batch norms can be folded (graph.batch_norms)")
+    assert [(site.name, site.verdict.sentence()) for site in plan.steps[0].left_out] == [
+        ("3", "it follows Tanh, which has no weights (graph.3.producer)")
+    ]
     assert [operator.where for operator in plan.operators] == ["accelerator", "folded", "host", "host"]
 
 
@@ -367,3 +368,27 @@ def test_an_option_that_cannot_be_met_is_an_error(
 ) -> None:
     with pytest.raises(PlanError, match=message):
         select(graph, target, registry, DATA, Overrides(options=options))
+
+
+def test_sites_of_an_earlier_algorithm_are_left_alone_where_the_pipeline_says_so(
+    graph: Graph, target: TargetSpec, load: Callable[..., Registry], plugin: Callable[..., Any]
+) -> None:
+    def first_only(self: Any, graph: Any, points: Any, target: Any, resources: Any) -> Survey:
+        taken = Verdict(taken=True)
+        return Survey(verdict=taken, sites=(Site(name="conv1.weight", verdict=taken),))
+
+    careful, repair = algorithm("careful", "round", "weight", first_only), algorithm("repair", "correct", "weight")
+    stages = (
+        StagePreference(stage="weight_range", algorithms=("mse_weights",)),
+        StagePreference(stage="round", algorithms=("careful", "nearest")),
+        StagePreference(stage="correct", algorithms=("repair",), skip_sites_of=("careful",)),
+        StagePreference(stage="activation_range", algorithms=("mse",)),
+    )
+    mine = Pipeline(name="mine", summary="m", stages=stages)
+    registry = load(("stranger", plugin((careful, repair), (mine,))))
+    plan = select(graph, target, registry, DATA, Overrides(pipeline="mine", keep_float=("bn1",)))
+    step = next(step for step in plan.steps if step.algorithm == "repair")
+    assert step.sites == ("conv2.weight", "fc.weight")
+    assert [(site.name, site.verdict.sentence()) for site in step.left_out] == [
+        ("conv1.weight", "careful has dealt with it (pipeline mine)")
+    ]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qhw.errors import CalibrationError, RangeError
 from qhw.numerics import Histogram, MinMax, PerAxis, PerGroup, PerTensor
-from qhw.numerics.statistics import MinMaxSeries, moving_average, percentile_range_of
+from qhw.numerics.statistics import MinMaxSeries, percentile_range_of, running_average
 
 EDGES = [float(np.float32(v)) for v in (0.0, -0.0, 1.0, -1.0, 2.0, 1e30, -1e30, 3.4e38, 1e-40, -1e-45, 2.0**-112)]
 values = (
@@ -216,7 +216,7 @@ def test_the_moving_average_is_that_of_its_definition(numbers, momentum):
     expected = Fraction(numbers[0])
     for number in numbers[1:]:
         expected = Fraction(momentum) * expected + (1 - Fraction(momentum)) * Fraction(number)
-    found = moving_average(torch.tensor(numbers, dtype=torch.float32), momentum)
+    found = running_average(torch.tensor(numbers, dtype=torch.float32), momentum)
     # Two float64 roundings a step, of values up to the largest.
     assert abs(Fraction(found.item()) - expected) <= Fraction(1, 2**47) * max(abs(Fraction(n)) for n in numbers)
     assert found.dtype == torch.float64
@@ -224,7 +224,7 @@ def test_the_moving_average_is_that_of_its_definition(numbers, momentum):
 
 def test_the_moving_average_of_a_constant_is_the_constant():
     x = torch.full((50, 2), 0.1)
-    assert torch.equal(moving_average(x, 0.9), x[0].double())
+    assert torch.equal(running_average(x, 0.9), x[0].double())
 
 
 def quantile(x, percentile):
