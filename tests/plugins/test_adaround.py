@@ -59,8 +59,8 @@ class Form:
         return weight.unsqueeze(0)
 
 
-def problem(clip: tuple[float, float] = (-INF, INF)) -> tuple[LayerRows, RowGrid, Tensor]:
-    outputs, inputs = 3, 6
+def problem(clip: tuple[float, float] = (-INF, INF), outputs: int = 3) -> tuple[LayerRows, RowGrid, Tensor]:
+    inputs = 6
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outputs, inputs, generator=generator)
     x = torch.randn(1, 400, inputs, generator=generator)
@@ -109,22 +109,23 @@ def test_no_step_is_nearest_rounding() -> None:
 
 
 @pytest.mark.parametrize("clip", [(-INF, INF), (0.0, INF)], ids=["nothing", "relu"])
-def test_it_comes_close_to_the_best_of_all_roundings(clip: tuple[float, float]) -> None:
-    rows, grid, bias = problem(clip)
+def test_it_comes_closer_to_the_best_of_all_roundings(clip: tuple[float, float]) -> None:
+    rows, grid, bias = problem(clip, outputs=40)
     x, wanted = rows.inputs[0].double().numpy(), rows.outputs[0].double().numpy()
     up, _ = learn_rounding(rows, grid, bias, AdaRoundOptions(batch_rows=400))
-    for output in range(grid.floor.shape[1]):
+    found = plain = best = 0.0
+    for output in range(40):
 
         def error(choice: Any, output: int = output) -> float:
             code = np.clip(grid.floor[0, output].numpy() + np.array(choice), -7, 7)
             y = np.clip(x @ (0.4 * code) + float(bias[0, 0, output]), *clip)
             return float(((y - wanted[:, output]) ** 2).mean())
 
-        errors = sorted(error(choice) for choice in itertools.product((0, 1), repeat=6))
-        found, plain = error(up[0, output].numpy()), error((grid.nearest - grid.floor)[0, output].numpy())
-        assert found <= plain
-        # The objective relaxes a choice among 64, so that the best may be missed: the result is in the best tenth.
-        assert found <= errors[6] * (1 + 1e-6)
+        best += min(error(choice) for choice in itertools.product((0, 1), repeat=6))
+        found += error(up[0, output].numpy())
+        plain += error((grid.nearest - grid.floor)[0, output].numpy())
+    # A relaxation of a choice among 64 may miss the best, but over 40 outputs it makes up for half of what is lost.
+    assert best <= found <= best + 0.5 * (plain - best)
 
 
 def small(kind: str) -> tuple[nn.Module, Tensor]:
