@@ -8,14 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Resources, Step, StepReport, Survey
 from qhw.engine import Layer, layers
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import QParams, expand
 from qhw.schema import TargetSpec
-from qhw_plugins.layer_rows import LayerRows, sample_rows
-from qhw_plugins.sites import needs_calibration
+from qhw_plugins.layer_rows import LayerRounding, LayerRows, RowGrid, gain_words
+from qhw_plugins.sites import calibration_reason, needs_calibration, weight_width_sites
 
 # The rectified sigmoid's stretch (AdaRound paper, eq. 23): h(V) reaches 0 and 1 at finite V.
 _ZETA, _GAMMA = 1.1, -0.1
@@ -69,19 +68,7 @@ class AdaRound(Algorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """Weights of few bits, given calibration data."""
         refusal = needs_calibration(resources)
-        if refusal is not None:
-            return refusal
-        sites = []
-        for point in points.points:
-            if point.role != "weight":
-                continue
-            bits = target.formats[point.format].element_bits
-            few = isinstance(bits, int) and bits <= self.options.max_bits
-            rule = "{value} bits: how each weight is rounded decides" if few else _ENOUGH.format(self.options.max_bits)
-            reason = Reason(subject=f"formats.{point.format}.bits", value=bits, rule=rule)
-            sites.append(Site(name=point.group, verdict=Verdict(taken=few, reasons=(reason,))))
-        data = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
-        return Survey(verdict=Verdict(taken=any(s.verdict.taken for s in sites), reasons=(data,)), sites=tuple(sites))
+        return refusal or weight_width_sites(points, target, self.options.max_bits, self.name, (calibration_reason(),))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Learn the rounding of each layer in execution order."""
@@ -89,57 +76,12 @@ class AdaRound(Algorithm):
         walk = layers(work, context, step.sites, samples=self.options.samples, label="adaround")
         for index, layer in enumerate(walk):
             figures[layer.group] = self._round(work, layer, context.seed + index)
-        gains = [f["loss_nearest"] / f["loss"] for f in figures.values() if f["loss"]]  # type: ignore[operator]
-        gain = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else 1.0
-        summary = f"{len(figures)} weights; held-back output error {gain:.2f} times lower than nearest rounding's"
-        return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
+        return StepReport(stage=step.stage, algorithm=self.name, summary=gain_words(figures), sites=figures)
 
     def _round(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:
-        form, group = layer.form, layer.group
-        grid = RowGrid(work.weight(group), work.qparams[group], form)
-        bias = layer.operator.bias
-        bias_rows = form.bias_rows(None if bias is None else work.graph.tensor(bias).detach())
-        learn, check = sample_rows(layer, self.options.rows, self.options.held_back, seed)
-        up, steps = learn_rounding(learn, grid, bias_rows, self.options)
-        nearest, learned = grid.real(grid.nearest), grid.real(grid.floor + up)
-        before, after = check.errors(nearest, bias_rows), check.errors(learned, bias_rows)
-        better = after < before
-        final = torch.where(better.unsqueeze(2), learned, nearest)
-        work.graph.set_tensor(work.group(group)[0].tensor, form.weight_of(final))
-        loss = torch.minimum(before, after)
-        return {
-            "loss_nearest": float(f"{before.sum().item():.4g}"),
-            "loss": float(f"{loss.sum().item():.4g}"),
-            "steps": steps,
-            "outputs_kept_nearest": int((~better).sum()),
-            "moved": round(float((final != nearest).double().mean()), 4),
-        }
-
-
-_ENOUGH = "{{value}} bits: more than {0}, where nearest rounding does (--set adaround.max_bits)"
-
-
-class RowGrid:
-    """A weight's grid, as rows: codes relative to the zero point, and the reals they stand for."""
-
-    def __init__(self, weight: Tensor, qparams: QParams, form: Any) -> None:
-        shape = tuple(weight.shape)
-
-        def rows(parameter: Tensor) -> Tensor:
-            full = expand(parameter, qparams.granularity, shape).expand(shape)
-            return form.weight_rows(full).contiguous()  # type: ignore[no-any-return]
-
-        self.scale = rows(qparams.scale)
-        zero_point = rows(qparams.zero_point.float())
-        self.low, self.high = qparams.quant_min - zero_point, qparams.quant_max - zero_point
-        ratio = form.weight_rows(weight).contiguous() / self.scale
-        self.floor = ratio.floor()
-        self.rest = ratio - self.floor
-        self.nearest = ratio.round()
-
-    def real(self, code: Tensor) -> Tensor:
-        """The reals of codes, clamped to the grid."""
-        return code.clamp(self.low, self.high) * self.scale
+        rounding = LayerRounding(work, layer, self.options.rows, self.options.held_back, seed)
+        up, steps = learn_rounding(rounding.learn, rounding.grid, rounding.bias_rows, self.options)
+        return {**rounding.settle(rounding.grid.floor + up), "steps": steps}
 
 
 def learn_rounding(rows: LayerRows, grid: RowGrid, bias_rows: Tensor, options: AdaRoundOptions) -> tuple[Tensor, int]:

@@ -46,3 +46,45 @@ def needs_calibration(resources: Resources) -> Survey | None:
         return None
     reason = Reason(subject="resources.calibration", value=False, rule="needs calibration data")
     return Survey(verdict=Verdict(taken=False, reasons=(reason,)))
+
+
+def calibration_reason() -> Reason:
+    """That data is given."""
+    return Reason(subject="resources.calibration", value=True, rule="calibration data is given")
+
+
+def weight_width_sites(
+    points: Placement,
+    target: TargetSpec,
+    max_bits: int,
+    algorithm: str,
+    reasons: tuple[Reason, ...],
+    per: tuple[str, ...] = ("tensor", "out_channel", "group"),
+) -> Survey:
+    """Weights of few bits are taken; more bits, or scales shared in another way, are a reason to refuse.
+
+    Args:
+        points: All points.
+        target: Tells the width of each format.
+        max_bits: The most bits that are few.
+        algorithm: Who asks; its option `max_bits` is named.
+        reasons: Of the algorithm as a whole.
+        per: Ways of sharing scales that it can deal with.
+    """
+    sites = []
+    for point in points.points:
+        if point.role != "weight":
+            continue
+        spec = target.formats[point.format]
+        bits, subject = spec.element_bits, f"formats.{point.format}"
+        if not (isinstance(bits, int) and bits <= max_bits):
+            rule = f"{{value}} bits: more than {max_bits}, where others do (--set {algorithm}.max_bits)"
+            verdict = Verdict(taken=False, reasons=(Reason(subject=f"{subject}.bits", value=bits, rule=rule),))
+        elif spec.per not in per:
+            reason = Reason(subject=f"{subject}.per", value=spec.per, rule="a scale per {value} is not one per output")
+            verdict = Verdict(taken=False, reasons=(reason,))
+        else:
+            rule = "{value} bits: how each weight is quantized decides"
+            verdict = Verdict(taken=True, reasons=(Reason(subject=f"{subject}.bits", value=bits, rule=rule),))
+        sites.append(Site(name=point.group, verdict=verdict))
+    return Survey(verdict=Verdict(taken=any(s.verdict.taken for s in sites), reasons=reasons), sites=tuple(sites))

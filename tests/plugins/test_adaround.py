@@ -17,8 +17,8 @@ from qhw.extension import Registry, load_plugins
 from qhw.numerics import PerAxis, PerGroup, QParams
 from qhw.schema import TargetSpec, parse_target
 from qhw_plugins import adaround, batch_norm_folding, min_max, mse, nearest
-from qhw_plugins.adaround import AdaRound, AdaRoundOptions, RowGrid, annealed, gradient_of, learn_rounding, start_of
-from qhw_plugins.layer_rows import LayerRows
+from qhw_plugins.adaround import AdaRound, AdaRoundOptions, annealed, gradient_of, learn_rounding, start_of
+from qhw_plugins.layer_rows import LayerRows, RowGrid
 from tests import pipelines
 
 INF = math.inf
@@ -263,10 +263,10 @@ def test_the_width_of_the_weights_decides(registry: Registry, target: TargetSpec
     few, many = (survey(target, wanted, {}, data, registry) for wanted in ("w4", "w8"))
     assert few.verdict.taken and not many.verdict.taken
     assert [site.verdict.sentence() for site in few.sites][:1] == [
-        "4 bits: how each weight is rounded decides (formats.w4.bits)"
+        "4 bits: how each weight is quantized decides (formats.w4.bits)"
     ]
     assert many.sites[0].verdict.sentence() == (
-        "8 bits: more than 6, where nearest rounding does (--set adaround.max_bits) (formats.w8.bits)"
+        "8 bits: more than 6, where others do (--set adaround.max_bits) (formats.w8.bits)"
     )
     assert survey(target, "w8", {"max_bits": 8}, data, registry).verdict.taken
 
