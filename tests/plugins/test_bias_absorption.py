@@ -94,6 +94,11 @@ class Done:
         verdicts = (s.verdict for s in (*self.plan.steps, *self.plan.refused) if s.algorithm == "bias_absorption")
         return next(verdicts).sentence()
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        step = next(step for step in self.plan.steps if step.algorithm == "bias_absorption")
+        return {site.name: site.verdict.sentence() for site in step.left_out}
+
     def tensor(self, name: str) -> np.ndarray:
         return self.work.graph.tensor(name).detach().double().numpy()
 
@@ -139,17 +144,20 @@ def without_data(plan: QuantPlan, graph: Any, spec: TargetSpec, registry: Regist
     survey = algorithm(algorithm.Options.model_validate(options)).survey(graph, points, spec, Resources())
     steps = [step for step in plan.steps if step.algorithm != "bias_absorption"]
     index = next((i for i, step in enumerate(steps) if step.stage not in ("prepare", "equalize")), len(steps))
-    refusals = [site.verdict.reasons for site in survey.sites if not site.verdict.taken]
-    verdict = survey.verdict.model_copy(
-        update={"reasons": (*survey.verdict.reasons, *(r for reasons in refusals for r in reasons))}
-    )
+    left_out = tuple(site for site in survey.sites if not site.verdict.taken)
     if survey.taken:
-        names = tuple(site.name for site in survey.taken)
-        steps.insert(
-            index,
-            Step(stage="equalize", algorithm="bias_absorption", options=options, sites=names, verdict=verdict),
+        step = Step(
+            stage="equalize",
+            algorithm="bias_absorption",
+            options=options,
+            sites=tuple(site.name for site in survey.taken),
+            verdict=survey.verdict,
+            left_out=left_out,
         )
+        steps.insert(index, step)
         return plan.model_copy(update={"steps": tuple(steps)})
+    reasons = (*survey.verdict.reasons, *(reason for site in left_out for reason in site.verdict.reasons))
+    verdict = survey.verdict.model_copy(update={"reasons": reasons})
     refused = tuple(refusal for refusal in plan.refused if refusal.algorithm != "bias_absorption")
     refused = (*refused, Refusal(stage="equalize", algorithm="bias_absorption", verdict=verdict))
     return plan.model_copy(update={"steps": tuple(steps), "refused": refused})
@@ -388,17 +396,18 @@ def plain_view() -> nn.Module:
 def test_the_verdict_counts_sources_and_paddings(prepare: Prepare) -> None:
     x = torch.randn(2, 3, 7, 7)
     done = prepare(normed(SECONDS["padded"]()), x)
-    end = "the model returns it, so that its scale must stay (graph.3.is_output)"
     assert done.sentence == (
         "1 of 2 operators with weights hand on a bias (graph.pairs); "
         "1 by the statistics of a folded batch norm (graph.batch_norms); "
-        f"1 of them before zero padding, whose borders become inexact (options.exact_only); {end}"
+        "1 of them before zero padding, whose borders become inexact (options.exact_only)"
     )
+    assert done.left_out == {"3": "the model returns it, so that its scale must stay (graph.3.is_output)"}
     data = torch.randn(40, 3, 6, 6)
-    assert prepare(plain(), data[:2], data=data).sentence == (
-        "1 of 2 operators with weights hand on a bias (graph.pairs); 1 by the calibration data "
-        "(resources.calibration); the model returns it, so that its scale must stay (graph.2.is_output)"
+    done = prepare(plain(), data[:2], data=data)
+    assert done.sentence == (
+        "1 of 2 operators with weights hand on a bias (graph.pairs); 1 by the calibration data (resources.calibration)"
     )
+    assert done.left_out == {"2": "the model returns it, so that its scale must stay (graph.2.is_output)"}
 
 
 def test_without_batch_norm_and_data_it_is_refused(prepare: Prepare) -> None:

@@ -201,7 +201,8 @@ def test_logits_of_a_model_by_cross_entropy_the_others_by_mse(
     steps = {step.algorithm: step for step in result.plan.steps}
     assert steps["cross_entropy"].sites == ("fc",)
     assert set(steps["mse"].sites) == {p.group for p in result.plan.points if p.role != "weight"} - {"fc"}
-    assert "only for logits, and the model returns fc" in steps["cross_entropy"].verdict.sentence()
+    left_out = {site.name: site.verdict.sentence() for site in steps["cross_entropy"].left_out}
+    assert left_out == dict.fromkeys(steps["mse"].sites, "only for logits, and the model returns fc (graph.outputs)")
     # What the linear layer gives with its weights, and the convolution's, fake-quantized by the result itself.
     reference: Any = Classifier().eval()
     for name in ("conv", "fc"):

@@ -654,7 +654,10 @@ def test_a_pair_on_the_host_is_left_alone(prepare: Prepare) -> None:
     done = prepare(model, x, keep_float=["0", "1"])
     assert sites(done.plan) == ("1",)
     step = next(step for step in done.plan.steps if step.stage == "equalize")
-    assert "it runs on the host, and so does 1: neither is quantized (placement.0.where)" in step.verdict.sentence()
+    assert {site.name: site.verdict.sentence() for site in step.left_out} == {
+        "0": "it runs on the host, and so does 1: neither is quantized (placement.0.where)",
+        "2": "the model returns it, so that its scale must stay (graph.2.is_output)",
+    }
 
 
 @pytest.mark.parametrize(
@@ -673,9 +676,11 @@ def test_the_verdict_cites_how_weights_share_scales(prepare: Prepare, per: str, 
     model, inputs = example("conv_chain")
     step = next(step for step in prepare(model, inputs, spec).plan.steps if step.stage == "equalize")
     assert step.verdict.sentence() == (
-        f"2 of 3 operators with weights hand their scale to the next (graph.pairs); {sentence}; "
-        "the model returns it, so that its scale must stay (graph.fc.is_output)"
+        f"2 of 3 operators with weights hand their scale to the next (graph.pairs); {sentence}"
     )
+    assert [(site.name, site.verdict.sentence()) for site in step.left_out] == [
+        ("fc", "the model returns it, so that its scale must stay (graph.fc.is_output)")
+    ]
 
 
 def test_a_model_without_pairs_says_so(prepare: Prepare) -> None:
