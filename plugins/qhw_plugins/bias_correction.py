@@ -11,7 +11,6 @@ from qhw.engine import Layer, layers
 from qhw.errors import PlanError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
-from qhw.numerics import QParams, fake_quantize
 from qhw.schema import TargetSpec
 from qhw_plugins.moments import (
     Channels,
@@ -125,7 +124,7 @@ class AnalyticBiasCorrection(Algorithm):
             if x is None:
                 why = why_untold(work.reference, told, operator.inputs[0]).sentence()
                 raise PlanError(f"{group}: {why}. Plan again with --without {self.name}.")
-            change = _quantized(work, group).double() - work.reference.tensor(name).detach().double()
+            change = work.quantized_weight(group).double() - work.reference.tensor(name).detach().double()
             shift = after_weights(operator, change, x.moments).mean
             figures[group] = _correct(work.graph, operator, shift)
         summary = f"{len(figures)} biases corrected by what batch norms tell of their inputs"
@@ -155,17 +154,9 @@ def _layer(graph: Graph, points: Placement, group: str) -> Operator | Reason:
     return operator
 
 
-def _quantized(work: Any, group: str) -> Tensor:
-    """The weights as the quantized model has them."""
-    qparams: QParams | None = work.qparams.get(group)
-    if qparams is None:
-        raise PlanError(f"{group}: has no scale yet, so its error is not known. Add a weight range step to the plan.")
-    return fake_quantize(work.weight(group), qparams)
-
-
 def _mean_error(work: Any, layer: Layer) -> Tensor:
     """Mean output of the quantized layer less that of the float one, per output channel: float64 [out_channels]."""
-    weight = _quantized(work, layer.group)
+    weight = work.quantized_weight(layer.group)
     axis = -1 if layer.operator.kind == "Gemm" else -1 - len(layer.operator.attributes["kernel"])
     total = torch.zeros(layer.form.out_channels, dtype=torch.float64)
     count = 0

@@ -127,7 +127,7 @@ class LayerRounding:
     def __init__(self, work: Any, layer: Layer, rows: int, held_back: float, seed: int) -> None:
         self._work = work
         self._layer = layer
-        self.grid = RowGrid(work.weight(layer.group), work.qparams[layer.group], layer.form)
+        self.grid = RowGrid(work.weight(layer.group), work.weight_qparams(layer.group), layer.form)
         bias = layer.operator.bias
         self.bias_rows = layer.form.bias_rows(None if bias is None else work.graph.tensor(bias).detach())
         self.learn, self._check = sample_rows(layer, rows, held_back, seed)

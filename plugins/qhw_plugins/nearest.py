@@ -7,7 +7,6 @@ from typing import Any
 from qhw.decisions import Reason, Resources, Step, StepReport, Survey
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import fake_quantize
 from qhw.schema import TargetSpec
 from qhw_plugins.sites import all_sites, weight_sites
 
@@ -34,7 +33,7 @@ class Nearest(Algorithm):
         figures: dict[str, Any] = {}
         for group in step.sites:
             weight = work.weight(group).double()
-            error = (weight - fake_quantize(work.weight(group), work.qparams[group]).double()).square().sum()
+            error = (weight - work.quantized_weight(group).double()).square().sum()
             power = weight.square().sum()
             figures[group] = {"sqnr_db": round(10 * math.log10(float(power / error)), 2) if error and power else None}
         known = [f["sqnr_db"] for f in figures.values() if f["sqnr_db"] is not None]

@@ -124,6 +124,24 @@ class Work:
             raise RangeError(f"{name}: weights hold NaN or infinite values. Repair the checkpoint before quantizing.")
         return value
 
+    def quantized_weight(self, group: str) -> Tensor:
+        """The weight as its quantizer gives it: float32 on the grid.
+
+        Raises:
+            PlanError: no step gave it a scale yet.
+        """
+        return fake_quantize(self.weight(group), self.weight_qparams(group))
+
+    def weight_qparams(self, group: str) -> QParams:
+        """The scale and zero point that an earlier step chose for a weight.
+
+        Raises:
+            PlanError: none did.
+        """
+        if group not in self.qparams:
+            raise PlanError(f"{group}: has no scale yet. Add a weight_range step to the plan, before this one.")
+        return self.qparams[group]
+
     def bounded(self, group: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """A range cut to the real bounds that the graph and the target state for the group's tensors.
 

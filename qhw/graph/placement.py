@@ -72,8 +72,8 @@ def _matching(pattern: str, names: list[str], where: str, what: str) -> list[str
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         closest = get_close_matches(pattern, names, n=3, cutoff=0.4)
-        hint = f" Closest: {', '.join(closest)}." if closest else ""
-        raise PlanError(f"{where}: no {what} matches '{pattern}'.{hint}")
+        hint = f"Closest: {', '.join(closest)}." if closest else f"The first of {len(names)}: {', '.join(names[:5])}."
+        raise PlanError(f"{where}: no {what} matches '{pattern}'. {hint} qhw plan --json lists all.")
     return found
 
 

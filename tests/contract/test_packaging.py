@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import re
 import tarfile
 import tomllib
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qhw.extension import load_plugins
 from tests.installed import ROOT, build, make_environment
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -116,3 +118,11 @@ def test_the_installed_wheel_works_from_another_folder(built: tuple[Path, Path],
     assert [name for name in targets if name not in listed] == []
     version = environment.run("qhw", "--version").stdout.split()
     assert version == ["qhw", PROJECT["project"]["version"]]
+
+
+def test_every_shipped_algorithm_is_in_the_catalogue() -> None:
+    text = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    shipped = [name for name, entry in load_plugins().algorithms.items() if entry.record.distribution == "qhw"]
+    assert [name for name in shipped if f"`{name}`" not in text] == []
+    named = re.findall(r"`((?:unit|plugins|integration)/[\w/]+\.py)`", text)
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []

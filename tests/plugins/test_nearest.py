@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import qhw
 from qhw.engine import QuantizedModel
+from qhw.errors import PlanError
+from qhw.extension import load_plugins
 
 Quantize = Callable[..., QuantizedModel]
 COVER = ["min_max_weights"]
@@ -40,3 +43,11 @@ def test_a_ratio_that_does_not_exist_is_left_out(quantize: Quantize, weight: lis
     report = next(step for step in result.steps if step.algorithm == "nearest")
     assert report.sites == {"0.weight": {"sqnr_db": None}}
     assert report.summary == "1 weights rounded to nearest"
+
+
+def test_a_weight_without_a_scale_is_named(quantize: Quantize) -> None:
+    model, data = linear([[1.0, 2.0]]), torch.randn(32, 2)
+    result = quantize(model, data, prefer=COVER)
+    plan = result.plan.model_copy(update={"steps": tuple(s for s in result.plan.steps if s.stage != "weight_range")})
+    with pytest.raises(PlanError, match=r"^0\.weight: has no scale yet\. Add a weight_range step to the plan, before"):
+        qhw.quantize(model, plan, calibration=data, target=result.target, registry=load_plugins())
