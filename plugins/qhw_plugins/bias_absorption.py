@@ -9,8 +9,6 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
-from qhw.engine import MICRO_BATCH
-from qhw.errors import CalibrationError
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import VIEW_KINDS, Graph, Operator, Placement
 from qhw.schema import TargetSpec
@@ -163,18 +161,7 @@ def lowest_outputs(graph: Graph, operators: Sequence[Operator], context: Any) ->
         Operator -> float64 [channels].
     """
     found = _Lowest(graph, operators)
-    calibration = context.calibration
-    total = None if calibration.num_samples is None else -(-calibration.num_samples // MICRO_BATCH)
-    with torch.inference_mode():
-        for batch in context.progress.track(calibration, "bias absorption", total):
-            try:
-                found.run(*batch)
-            except RuntimeError as error:  # torch, on a shape that the graph was not captured for
-                what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise CalibrationError(
-                    f"calibration: the model fails on {len(batch[0])} samples at once: {what}. "
-                    "Let axis 0 be free when it is captured (dynamic_batch=True)."
-                ) from error
+    context.run_over(found.run, "bias absorption")
     return found.lowest
 
 

@@ -8,6 +8,7 @@ batches are, they are cut and joined into micro-batches of 32 samples in one mem
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_input",
     "cut",
     "has_labels",
+    "running",
 ]
 
 MICRO_BATCH = 32
@@ -160,6 +162,23 @@ class Calibration:
         )
         check_counts({name: len(tensor) for name, tensor in zip(names, tensors, strict=True)}, where)
         return tensors
+
+
+@contextmanager
+def running(samples: int) -> Iterator[None]:
+    """Run a model on a micro-batch; what torch raises says that the size does not fit.
+
+    Raises:
+        CalibrationError: the model was captured for another number of samples.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch, on a shape that the graph was not captured for
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CalibrationError(
+            f"calibration: the model fails on {samples} samples at once: {what}. "
+            "Let axis 0 be free when it is captured (dynamic_batch=True)."
+        ) from error
 
 
 def has_labels(data: CalibrationData, graph: Graph) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qhw.engine.activation_store import ActivationStore
+from qhw.engine.calibration import running
 from qhw.engine.matrix_form import MatrixForm
 from qhw.engine.work import Context, Work
 from qhw.errors import PlanError
@@ -171,11 +172,12 @@ class _Stepper:
             for index, batch in enumerate(self._batches):
                 values: dict[fx.Node, Any] = {node: parts[index] for node, parts in known.items()}
                 inputs = iter(batch)
-                for position, node in enumerate(segment, start=self._done):
-                    values[node] = next(inputs) if node.op == "placeholder" else self._run(node, values)
-                    for source in node.all_input_nodes:
-                        if self._last_use[source] == position:
-                            values.pop(source, None)  # a parameter is not among them
+                with running(len(batch[0])):
+                    for position, node in enumerate(segment, start=self._done):
+                        values[node] = next(inputs) if node.op == "placeholder" else self._run(node, values)
+                        for source in node.all_input_nodes:
+                            if self._last_use[source] == position:
+                                values.pop(source, None)  # a parameter is not among them
                 for node in kept:
                     gathered[node].append(values[node])
         self._done = end

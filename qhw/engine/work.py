@@ -2,17 +2,17 @@
 """The runner's working copy: the graph and the qparams that algorithms may change, and nothing else."""
 
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qhw.decisions import QuantPlan
-from qhw.engine.calibration import MICRO_BATCH, Calibration
+from qhw.engine.calibration import MICRO_BATCH, Calibration, running
 from qhw.engine.grids import granularity_of, grid_of
 from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
-from qhw.errors import CalibrationError, PlanError, RangeError
+from qhw.errors import PlanError, RangeError
 from qhw.graph import Graph, QuantPoint
 from qhw.numerics import ChannelNormal, Granularity, Grid, QParams, fake_quantize, legal_scale
 from qhw.schema import TargetSpec
@@ -58,6 +58,23 @@ class Context:
         if self._calibration is None:
             raise PlanError("plan: a step needs calibration data, and none was given. Pass calibration=.")
         return self._calibration
+
+    def run_over(self, model: Callable[..., Any], label: str) -> None:
+        """Run a model on every micro-batch of the calibration data, without gradients, progress shown.
+
+        Args:
+            model: Takes the inputs in order; what it returns is dropped.
+            label: What the progress bar says.
+
+        Raises:
+            CalibrationError: the model was captured for another number of samples.
+        """
+        calibration = self.calibration
+        total = None if calibration.num_samples is None else -(-calibration.num_samples // MICRO_BATCH)
+        with torch.inference_mode():
+            for batch in self.progress.track(calibration, label, total):
+                with running(len(batch[0])):
+                    model(*batch)
 
 
 class Work:
@@ -214,22 +231,8 @@ class Work:
             if first.role == "weight":
                 observed.set_tensor(first.tensor, fake_quantize(observed.tensor(first.tensor).detach(), qparams))
         insert_modules(observed, points, lambda point: _Tap(statistics[point.group]))
-        calibration = context.calibration
-        total = None if calibration.num_samples is None else -(-calibration.num_samples // MICRO_BATCH)
-        with torch.inference_mode():
-            for batch in context.progress.track(calibration, label, total):
-                self._run(observed, batch)
+        context.run_over(observed.module, label)
         return statistics
-
-    def _run(self, observed: Graph, batch: tuple[Tensor, ...]) -> None:
-        try:
-            observed.module(*batch)
-        except RuntimeError as error:  # torch, on a shape that the graph was not captured for
-            what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise CalibrationError(
-                f"calibration: the model fails on {len(batch[0])} samples at once: {what}. "
-                "Let axis 0 be free when it is captured (dynamic_batch=True)."
-            ) from error
 
 
 class _Tap(nn.Module):

@@ -11,9 +11,9 @@ from torch import Tensor
 from qhw.decisions import Resources
 from qhw.engine import Calibration, Context, SilentProgress, Work, layers, select
 from qhw.engine.activation_store import ActivationStore
-from qhw.errors import PlanError
+from qhw.errors import CalibrationError, PlanError
 from qhw.extension import Registry
-from qhw.graph import Graph
+from qhw.graph import Graph, capture
 from qhw.numerics import fake_quantize, qparams_from_range, range_of
 from qhw.schema import TargetSpec
 
@@ -120,3 +120,13 @@ def test_the_store_spills_beyond_its_budget_and_cleans_up() -> None:
         store.drop(b)
         assert store.spilled == 0 and list(folder.iterdir()) == []
     assert not folder.exists()
+
+
+def test_a_model_of_another_batch_size_is_named(registry: Registry, target: TargetSpec, images: Tensor) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(0), torch.nn.Unflatten(0, (2, 144)))
+    graph = capture(net.append(torch.nn.Linear(144, 2)).eval(), images[:2], dynamic_batch=False)
+    plan = select(graph, target, registry, Resources(calibration=True))
+    work = Work(graph.copy(), target, plan)
+    context = Context(Calibration(images[:32], graph), SilentProgress(), 0)
+    with pytest.raises(CalibrationError, match=r"^calibration: the model fails on 32 samples at once: .*dynamic_batch"):
+        list(layers(work, context, ["3.weight"]))
