@@ -192,11 +192,11 @@ def test_its_target_is_listed_and_passes_lint(installed: Environment) -> None:
 @pytest.mark.slow
 def test_the_plan_prefers_its_algorithm_and_says_why_not_the_shipped_one(installed: Environment) -> None:
     made = plan(installed, "acme/npu")
-    assert (made["pipeline"], made["notes"]) == ("ranges-ptq", [])
+    assert (made["pipeline"], made["notes"]) == ("whitepaper-ptq", [])
     assert chosen(made, "activation_range") == ["acme_percentile"]
-    for shipped in ("mse", "min_max"):
+    for shipped in ("cross_entropy", "mse", "min_max"):
         reason = refusal(made, shipped)
-        assert reason["value"] == "acme_percentile"
+        assert reason["value"] == ["acme_percentile"]
         assert "{value}, which comes first" in reason["rule"]
     text = installed.run("qhw", "plan", "small:model", "-t", "acme/npu", "-c", "data.npz").stdout
     assert "tuned on ACME's chips, as acme/npu is one (name)" in text
@@ -204,9 +204,17 @@ def test_the_plan_prefers_its_algorithm_and_says_why_not_the_shipped_one(install
 
 
 @pytest.mark.slow
+def test_it_has_a_rank_in_the_other_shipped_pipeline_too(installed: Environment) -> None:
+    made = plan(installed, "acme/npu", "--pipeline", "ranges-ptq")
+    assert (made["pipeline"], chosen(made, "activation_range")) == ("ranges-ptq", ["acme_percentile"])
+    for shipped in ("mse", "min_max"):
+        assert refusal(made, shipped)["value"] == ["acme_percentile"]
+
+
+@pytest.mark.slow
 def test_on_other_targets_the_shipped_algorithm_stays(installed: Environment) -> None:
     made = plan(installed, "whitepaper/generic-int8")
-    assert chosen(made, "activation_range") == ["mse"]
+    assert chosen(made, "activation_range") == ["cross_entropy", "mse"]
     reason = refusal(made, "acme_percentile")
     assert (reason["subject"], reason["value"]) == ("name", "whitepaper/generic-int8")
 
@@ -215,7 +223,7 @@ def test_on_other_targets_the_shipped_algorithm_stays(installed: Environment) ->
 def test_the_users_wish_comes_before_its_rank(installed: Environment) -> None:
     made = plan(installed, "acme/npu", "--prefer", "min_max")
     assert chosen(made, "activation_range") == ["min_max"]
-    assert refusal(made, "acme_percentile")["value"] == "min_max"
+    assert refusal(made, "acme_percentile")["value"] == ["min_max"]
 
 
 @pytest.mark.slow
@@ -267,7 +275,7 @@ def test_blocking_takes_all_of_it_out(installed: Environment) -> None:
     refused = installed.run("qhw", "target", "show", "acme/npu", fails=True, variables=BLOCKED)
     assert refused.stderr.startswith("error: no target 'acme/npu'.")
     made = plan(installed, str(NPU), variables=BLOCKED)
-    assert chosen(made, "activation_range") == ["mse"]
+    assert chosen(made, "activation_range") == ["cross_entropy", "mse"]
     assert "acme_percentile" not in [item["algorithm"] for item in made["refused"]]
 
 
@@ -278,7 +286,7 @@ def test_coming_and_going_leaves_the_core_as_it_was(wheels: tuple[Path, Path], t
     write_inputs(environment.work)
     before, plan_before = core_files(environment), plan(environment, "onnxruntime/cpu-x86-vnni")
     assert any(name.endswith("__init__.py") for name in before)
-    assert chosen(plan_before, "activation_range") == ["mse"]
+    assert chosen(plan_before, "activation_range") == ["cross_entropy", "mse"]
 
     environment.install(stranger)
     assert core_files(environment) == before

@@ -26,7 +26,7 @@ class AcmePercentile(Algorithm):
     name = "acme_percentile"
     stage = "activation_range"
     summary = "Activation ranges that may clip the outermost values."
-    ranks = (Rank(pipeline="ranges-ptq", before="mse"),)
+    ranks = (Rank(pipeline="whitepaper-ptq", before="cross_entropy"), Rank(pipeline="ranges-ptq", before="mse"))
 
     class Options(AlgorithmOptions):
         """What may be set."""
