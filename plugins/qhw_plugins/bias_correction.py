@@ -4,12 +4,13 @@
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
 from qhw.engine import Layer, layers
 from qhw.errors import PlanError
-from qhw.extension import Algorithm, PluginInfo, hookimpl
+from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
 from qhw.schema import TargetSpec
 from qhw_plugins.moments import (
@@ -26,6 +27,12 @@ from qhw_plugins.sites import TAKEN, needs_calibration, weight_sites
 
 _LAYERS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 _DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
+
+
+class EmpiricalBiasCorrectionOptions(AlgorithmOptions):
+    """What may be set."""
+
+    samples: int = Field(512, ge=1, description="Calibration samples to measure by, whole micro-batches of 32.")
 
 
 class EmpiricalBiasCorrection(Algorithm):
@@ -45,6 +52,9 @@ class EmpiricalBiasCorrection(Algorithm):
     name = "empirical_bias_correction"
     stage = "correct"
     summary = "Correct biases by the mean output error on calibration data."
+    Options = EmpiricalBiasCorrectionOptions
+
+    options: EmpiricalBiasCorrectionOptions
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weight groups of layers with a bias of their own, given calibration data."""
@@ -62,10 +72,14 @@ class EmpiricalBiasCorrection(Algorithm):
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """One walk through the layers, with the data running through both models."""
         figures: dict[str, dict[str, Json]] = {}
-        for layer in layers(work, context, step.sites, label="bias correction, empirical"):
+        count = 0
+        for layer in layers(
+            work, context, step.sites, samples=self.options.samples, label="bias correction, empirical"
+        ):
+            count = sum(map(len, layer.inputs))
             shift = _mean_error(work, layer)
             figures[layer.group] = _correct(work.graph, layer.operator, shift)
-        summary = f"{len(figures)} biases corrected by {context.calibration.num_samples} samples"
+        summary = f"{len(figures)} biases corrected by {count} samples"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 
@@ -162,10 +176,10 @@ def _mean_error(work: Any, layer: Layer) -> Tensor:
     count = 0
     for x, wanted in zip(layer.inputs, layer.outputs, strict=True):
         with torch.no_grad():
-            error = _output(work.graph, layer.operator, x, weight).double() - wanted.double()
-        error = error.movedim(axis, 0).flatten(1)
-        total += error.sum(1)
-        count += error.shape[1]
+            error = _output(work.graph, layer.operator, x, weight) - wanted
+        others = [a for a in range(error.dim()) if a != axis % error.dim()]
+        total += error.sum(others, dtype=torch.float64)
+        count += error.numel() // len(total)
     return total / max(count, 1)
 
 
