@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types bench bench-ptq clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -30,6 +30,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.cifar
+
+bench-ptq: $(READY)
+	$(BIN)/python -m bench.ptq
 
 # Installed again when the dependencies or the entry points change.
 $(READY): pyproject.toml constraints.txt

@@ -30,7 +30,7 @@ from qhw.engine import SilentProgress, agreement, top1
 
 HERE = Path(__file__).parent
 PLAIN = {"pipeline": "ranges-ptq"}
-NETWORKS = ("resnet20", "resnet32", "mobilenetv2", "unbalanced")
+NETWORKS = ("resnet20", "unbalanced", "mobilenetv2", "resnet32")
 FORMATS = {("W8", "tensor"): "w8t", ("W8", "axis"): "w8", ("W4", "tensor"): "w4t", ("W4", "axis"): "w4"}
 
 

@@ -109,6 +109,8 @@ def _micro_batches(context: Context, samples: int | None) -> list[tuple[Tensor, 
         if samples is None or count < samples:
             taken.append(batch)
             count += len(batch[0])
+        elif context.calibration.digest is not None:
+            break  # the first pass goes to the end, so that the manifest knows all of the data
     return taken
 
 
