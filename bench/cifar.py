@@ -139,7 +139,7 @@ def markdown(rows: list[Row], captures: list[str], quick: bool) -> str:
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# CIFAR-10: ranges and nearest rounding alone",
         "",
-        "The pipeline `ranges-ptq`; equalization, learned rounding and bias correction are in `bench/PTQ.md`.",
+        "The pipeline `ranges-ptq`: no equalization, learned rounding, bias correction; those: `python -m bench.ptq`.",
         f"Made by `python -m bench.cifar{' --quick' if quick else ''}`; protocol in `bench/cifar.py`. Target {TARGET}.",
         f"qhw {qhw.__version__}, torch {torch.__version__}, {_versions()}, "
         f"{torch.backends.cpu.get_cpu_capability()}, one thread.",

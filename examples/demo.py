@@ -2,9 +2,12 @@
 """`make demo`: one real model, quantized for four accelerators that differ in kind."""
 
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import qhw
 from examples import digits
@@ -15,6 +18,7 @@ from qhw.errors import QhwError
 TARGETS = ("whitepaper/generic-int8", "onnxruntime/cpu-x86-vnni", "google/litert-int8", "espressif/esp32-p4")
 COLUMNS = ("target", "weights", "activations", "acc", "float", "sim", "in onnxruntime*", "agree", "on chip", "size, KB")
 LEFT_ALIGNED = 3
+WIDTH = 118
 
 LEGEND = """
 Top-1 in % on {samples} held-out scans: the float model, its simulation, and its ONNX artefact in onnxruntime on this
@@ -27,6 +31,7 @@ Your own chip in ten lines: README, "Declare an accelerator"."""
 
 def main() -> None:
     """Quantize the digits model for every target, print one row each, write one result folder each."""
+    torch.set_num_threads(1)  # the tensors are small: two threads would mostly wait for each other
     started = time.perf_counter()
     model, example_inputs = digits.model()
     graph = qhw.capture(model, example_inputs)
@@ -61,7 +66,7 @@ def _print(rows: list[tuple[str, ...]], algorithms: list[str]) -> None:
         cells = [cell.ljust(width) if i < LEFT_ALIGNED else cell.rjust(width) for i, (cell, width) in pairs]
         print("  ".join(cells).rstrip())
         if chosen:
-            print(f"    {chosen}")
+            print(textwrap.fill(chosen, WIDTH, initial_indent="    ", subsequent_indent="    "))
 
 
 def _row(graph: Any, target: Any, plan: Any, result: Any, scores: dict[str, Any]) -> tuple[str, ...]:

@@ -279,9 +279,9 @@ def _why_not(survey: Survey, taken_by: Mapping[str, str]) -> Verdict:
     """Why no site is left: its own verdict, its sites' verdicts, or that others came first."""
     if survey.taken:
         first = sorted({taken_by[site.name] for site in survey.taken})
-        reason = Reason(
-            subject="pipeline order", value=list(first), rule="its sites went to {value}, which comes first"
-        )
+        come = "comes" if len(first) == 1 else "come"
+        rule = f"its sites went to {{value}}, which {come} first"
+        reason = Reason(subject="pipeline order", value=list(first), rule=rule)
         return Verdict(taken=False, reasons=(reason,))
     own = () if survey.verdict.taken else survey.verdict.reasons
     reasons = _distinct((*own, *(reason for site in survey.sites for reason in site.verdict.reasons)))
