@@ -23,10 +23,9 @@ from qhw_plugins.moments import (
     told_channels,
     why_untold,
 )
-from qhw_plugins.sites import TAKEN, needs_calibration, weight_sites
+from qhw_plugins.sites import DATA_GIVEN, TAKEN, needs_calibration, weight_sites
 
 _LAYERS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
-_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 class EmpiricalBiasCorrectionOptions(AlgorithmOptions):
@@ -67,7 +66,7 @@ class EmpiricalBiasCorrection(Algorithm):
             verdict = TAKEN if isinstance(found, Operator) else Verdict(taken=False, reasons=(found,))
             sites.append(Site(name=name, verdict=verdict))
         taken = any(site.verdict.taken for site in sites)
-        return Survey(verdict=Verdict(taken=taken, reasons=(_DATA,)), sites=tuple(sites))
+        return Survey(verdict=Verdict(taken=taken, reasons=(DATA_GIVEN,)), sites=tuple(sites))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """One walk through the layers, with the data running through both models."""

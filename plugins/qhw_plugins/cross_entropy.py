@@ -11,10 +11,9 @@ from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import cross_entropy_qparams
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import TAKEN, activation_sites, needs_calibration, scale_reasons
+from qhw_plugins.sites import DATA_GIVEN, TAKEN, activation_sites, needs_calibration, scale_reasons
 
 _LEAST = "the {value} scale that changes the softmax least"
-_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 _SOFTMAX = ("Softmax", "LogSoftmax")
 # What follows a matrix product and still gives scores of classes; a sigmoid or a clip does not.
 _SCORES = ("Add", "Sub", "Mul", "Div", "BatchNormalization", "Relu", "LeakyRelu", "PRelu")
@@ -49,7 +48,7 @@ class CrossEntropy(Algorithm):
         sites = tuple(_site(graph, points, name, axes) for name in names)
         taken = tuple(site.name for site in sites if site.verdict.taken)
         if taken:
-            reasons = (_DATA, *scale_reasons(points, target, taken, _LEAST))
+            reasons = (DATA_GIVEN, *scale_reasons(points, target, taken, _LEAST))
             return Survey(verdict=Verdict(taken=True, reasons=reasons), sites=sites)
         nothing = Reason(subject="points", value=len(names), rule="none of the {value} activation ranges is of logits")
         return Survey(verdict=Verdict(taken=False, reasons=(nothing,)), sites=sites)

@@ -13,7 +13,7 @@ from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.schema import TargetSpec
 from qhw_plugins.layer_rows import LayerRounding, RowGrid, gain_words
-from qhw_plugins.sites import calibration_reason, needs_calibration, weight_width_sites
+from qhw_plugins.sites import DATA_GIVEN, needs_calibration, weight_width_sites
 
 
 class GptqOptions(AlgorithmOptions):
@@ -50,7 +50,7 @@ class Gptq(Algorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """Weights of few bits, given calibration data."""
         refusal = needs_calibration(resources)
-        return refusal or weight_width_sites(points, target, self.options.max_bits, self.name, (calibration_reason(),))
+        return refusal or weight_width_sites(points, target, self.options.max_bits, self.name, (DATA_GIVEN,))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Round each layer in execution order."""

@@ -3,15 +3,14 @@
 
 from typing import Any
 
-from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import MinMax, qparams_from_range, range_of
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
+from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
 
 _COVER = "the finest {value} scale that clips nothing"
-_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 class MinMaxWeights(Algorithm):
@@ -57,7 +56,7 @@ class MinMaxActivations(Algorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All activation points, given calibration data."""
         names = activation_sites(points)
-        reasons = (_DATA, *scale_reasons(points, target, names, _COVER))
+        reasons = (DATA_GIVEN, *scale_reasons(points, target, names, _COVER))
         return needs_calibration(resources) or all_sites(names, reasons)
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

@@ -5,16 +5,15 @@ from typing import Any
 
 from pydantic import Field
 
-from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey
 from qhw.engine import MICRO_BATCH
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import MinMaxSeries, qparams_from_range, running_average
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons
+from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_calibration, scale_reasons
 
 _COVER = "the finest {value} scale that covers the average range of a micro-batch"
-_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 class MovingAverageOptions(AlgorithmOptions):
@@ -48,7 +47,7 @@ class MovingAverage(Algorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All activation points, given calibration data."""
         names = activation_sites(points)
-        reasons = (_DATA, *scale_reasons(points, target, names, _COVER))
+        reasons = (DATA_GIVEN, *scale_reasons(points, target, names, _COVER))
         return needs_calibration(resources) or all_sites(names, reasons)
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

@@ -6,15 +6,14 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
+from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
 
 _LEAST = "the {value} scale with the smallest squared error"
-_DATA = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 class MseWeightsOptions(AlgorithmOptions):
@@ -83,7 +82,7 @@ class MseActivations(Algorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All activation points, given calibration data."""
         names = activation_sites(points)
-        reasons = (_DATA, *scale_reasons(points, target, names, _LEAST))
+        reasons = (DATA_GIVEN, *scale_reasons(points, target, names, _LEAST))
         return needs_calibration(resources) or all_sites(names, reasons)
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

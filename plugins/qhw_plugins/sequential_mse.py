@@ -14,7 +14,7 @@ from qhw.graph import Graph, Placement
 from qhw.numerics import PerTensor, QParams, fake_quantize, qparams_from_range, range_of
 from qhw.schema import TargetSpec
 from qhw_plugins.layer_rows import LayerRows, sample_rows
-from qhw_plugins.sites import calibration_reason, needs_calibration, weight_width_sites
+from qhw_plugins.sites import DATA_GIVEN, needs_calibration, weight_width_sites
 
 
 class SequentialMseOptions(AlgorithmOptions):
@@ -52,7 +52,7 @@ class SequentialMse(Algorithm):
         if refusal is not None:
             return refusal
         return weight_width_sites(
-            points, target, self.options.max_bits, self.name, (calibration_reason(),), per=("tensor", "out_channel")
+            points, target, self.options.max_bits, self.name, (DATA_GIVEN,), per=("tensor", "out_channel")
         )
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

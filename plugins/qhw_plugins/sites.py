@@ -6,6 +6,7 @@ from qhw.graph import Placement
 from qhw.schema import Scale, TargetSpec
 
 TAKEN = Verdict(taken=True)
+DATA_GIVEN = Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 def weight_sites(points: Placement) -> tuple[str, ...]:
@@ -46,11 +47,6 @@ def needs_calibration(resources: Resources) -> Survey | None:
         return None
     reason = Reason(subject="resources.calibration", value=False, rule="needs calibration data")
     return Survey(verdict=Verdict(taken=False, reasons=(reason,)))
-
-
-def calibration_reason() -> Reason:
-    """That data is given."""
-    return Reason(subject="resources.calibration", value=True, rule="calibration data is given")
 
 
 def weight_width_sites(
