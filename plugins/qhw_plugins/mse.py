@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSE ranges: clip where that lowers the squared error."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -16,7 +16,21 @@ from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_cal
 _LEAST = "the {value} scale with the smallest squared error"
 
 
-class MseWeightsOptions(AlgorithmOptions):
+class MseOptions(AlgorithmOptions):
+    """What may be set."""
+
+    search: Literal["grid", "golden"] = Field(
+        "grid",
+        description=(
+            "grid: 100 fractions of the range, then tenths around the best; golden: 8 fractions, then a golden section "
+            "around the best, within 1 % of the grid's error; 0.7 of its time for weights, 3 times as long for the "
+            "histograms of activations (1 ms each), which the grid tries at once. A free zero point and scales that are "
+            "powers of two or listed are searched by grid either way."
+        ),
+    )
+
+
+class MseWeightsOptions(MseOptions):
     """What may be set."""
 
     clipping_weight: float = Field(
@@ -57,6 +71,7 @@ class MseWeights(Algorithm):
                 work.granularity(group),
                 group,
                 clipping_weight=self.options.clipping_weight,
+                search=self.options.search,
             )
             work.set_qparams(group, qparams)
         return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} weight ranges")
@@ -78,6 +93,9 @@ class MseActivations(Algorithm):
     name = "mse"
     stage = "activation_range"
     summary = "Activation ranges with the smallest squared error over the calibration data."
+    Options = MseOptions
+
+    options: MseOptions
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All activation points, given calibration data."""
@@ -94,7 +112,8 @@ class MseActivations(Algorithm):
             cut = work.observe(beyond, lambda group: _Cut(group, *bounds[group]), context, "activation ranges, cut")
             seen |= {group: statistic.histogram for group, statistic in cut.items()}
         for group in context.progress.track(step.sites, "activation ranges, search", len(step.sites)):
-            work.set_qparams(group, mse_qparams_from_histogram(seen[group], work.grid(group)))
+            qparams = mse_qparams_from_histogram(seen[group], work.grid(group), search=self.options.search)
+            work.set_qparams(group, qparams)
         figures: dict[str, dict[str, Json]] = {
             group: {"min": float(s.min), "max": float(s.max)} for group, s in seen.items()
         }

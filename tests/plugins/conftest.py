@@ -46,7 +46,7 @@ def quantize(registry: Registry) -> Quantize:
     """Quantize a module for a plain target: `bits`, `signed`, `per` and scale clauses as words of its text."""
 
     def make(model: nn.Module, data: Tensor | None, example: Tensor | None = None, **words: Any) -> QuantizedModel:
-        wishes = {key: words.pop(key) for key in ("prefer", "without") if key in words}
+        wishes = {key: words.pop(key) for key in ("prefer", "without", "options") if key in words}
         target = parse_target(TARGET.format(**(WORDS | words)))
         inputs = example if data is None else data[:2]
         return qhw.quantize(model, target, example_inputs=inputs, calibration=data, registry=registry, **wishes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qhw.engine import QuantizedModel
+from qhw.errors import PlanError
 
 Quantize = Callable[..., QuantizedModel]
 
@@ -82,6 +83,49 @@ def test_powers_of_two_are_tried_and_nothing_else(conv: nn.Module, data: Tensor,
     x = data.numpy().astype(np.float64)
     errors = {e: squared_error(x, 2.0**e, 0, -8, 7) for e in range(-12, 6)}
     assert np.log2(found) == min(errors, key=lambda e: errors[e])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_golden_section_is_within_a_hundredth_of_the_grid(
+    conv: nn.Module, data: Tensor, quantize: Quantize, bits: int
+) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scales, errors = {}, {}
+    for search in ("grid", "golden"):
+        words = {"bits": bits, "signed": "true", "activation": ", zero_point = 0"}
+        scale = quantize(conv, data, options={"mse": {"search": search}}, **words).encodings()["input"].scale.item()
+        scales[search], errors[search] = scale, squared_error(data.numpy().astype(np.float64), scale, 0, low, high)
+    assert errors["golden"] <= 1.01 * errors["grid"]
+    assert scales["golden"] != scales["grid"]  # the section does not stop at hundredths or thousandths of the range
+
+
+def test_a_golden_section_over_weights_is_within_a_hundredth_of_the_grid(quantize: Quantize) -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Linear(64, 3)
+    with torch.no_grad():
+        layer.weight[0, 0] = 2.0
+    weight, scales = layer.weight.detach().numpy().astype(np.float64), {}
+    for search in ("grid", "golden"):
+        options = {"mse_weights": {"search": search}}
+        scales[search] = (
+            quantize(nn.Sequential(layer), torch.randn(8, 64), options=options).encodings()["0.weight"].scale
+        )
+    assert not torch.equal(scales["grid"], scales["golden"])
+    for channel in range(3):
+        grid, golden = (squared_error(weight[channel], s[channel].item(), 0, -127, 127) for s in scales.values())
+        assert golden <= 1.01 * grid, channel
+
+
+def test_a_free_zero_point_is_searched_by_grid_either_way(conv: nn.Module, data: Tensor, quantize: Quantize) -> None:
+    found = [quantize(conv, data, options={"mse": {"search": s}}).encodings()["input"] for s in ("grid", "golden")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "mse_weights"])
+def test_another_search_is_an_error(conv: nn.Module, data: Tensor, quantize: Quantize, algorithm: str) -> None:
+    message = rf"^--set {algorithm}\.search: Input should be 'grid' or 'golden'; options of '{algorithm}': .*search"
+    with pytest.raises(PlanError, match=message):
+        quantize(conv, data, options={algorithm: {"search": "foo"}})
 
 
 def test_the_report_says_what_was_seen(conv: nn.Module, data: Tensor, quantize: Quantize) -> None:

@@ -131,6 +131,7 @@ def test_options_of_algorithms_reach_the_plan(qhw_run: Run) -> None:
     check_one_line(
         qhw_run(*PLAN, "--set", "mse_weights.clipping_weight=few"), "--set mse_weights.clipping_weight: Input"
     )
+    check_one_line(qhw_run(*PLAN, "--set", "mse.search=foo"), "--set mse.search: Input should be 'grid' or 'golden'")
 
 
 def test_plugin_show_lists_options(qhw_run: Run) -> None:
