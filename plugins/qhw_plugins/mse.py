@@ -24,8 +24,8 @@ class MseOptions(AlgorithmOptions):
         description=(
             "grid: 100 fractions of the range, then tenths around the best; golden: 8 fractions, then a golden section "
             "around the best, within 1 % of the grid's error; 0.7 of its time for weights, 3 times as long for the "
-            "histograms of activations (1 ms each), which the grid tries at once. A free zero point and scales that are "
-            "powers of two or listed are searched by grid either way."
+            "histograms of activations (1 ms each), which the grid tries at once. A free zero point and scales that are"
+            " powers of two or listed are searched by grid either way."
         ),
     )
 
