@@ -46,8 +46,9 @@ def test_the_papers_pipeline_is_the_default(shipped: Registry) -> None:
     assert shipped.default_pipeline().name == "whitepaper-ptq"
 
 
-def test_with_data_few_bits_are_rounded_by_learning(shipped: Registry, images: Tensor) -> None:
-    assert steps(net(), images, shipped, formats={"*.weight": "w4"}) == {
+@pytest.mark.parametrize("weight", ["w4", "w4t", "w3", "w3t"])
+def test_with_data_few_bits_are_rounded_by_learning(shipped: Registry, images: Tensor, weight: str) -> None:
+    assert steps(net(), images, shipped, formats={"*.weight": weight}) == {
         "prepare": ["batch_norm_folding"],
         "equalize": ["cross_layer_equalization", "bias_absorption"],
         "weight_range": ["mse_weights"],

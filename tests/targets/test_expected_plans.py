@@ -172,3 +172,14 @@ def test_codes(
     assert (encodings["x"].quant_min, encodings["x"].quant_max) == (low, high)
     assert (encodings["left.weight"].quant_min, encodings["left.weight"].quant_max) == (weight_low, 127)
     assert int(encodings["add"].zero_point) == low  # nothing below the 0 of the fused ReLU
+
+
+@pytest.mark.parametrize(("weight", "low", "scales"), [("w4", -8, 4), ("w4t", -8, 1), ("w3", -4, 4), ("w3t", -4, 1)])
+def test_white_paper_weights_of_few_bits_on_request(
+    graph: Callable[[str], Graph], targets_root: Path, weight: str, low: int, scales: int
+) -> None:
+    data = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    target, wishes = targets_root / f"{WHITEPAPER}.toml", {"*.weight": weight}
+    result = qhw.quantize(graph("residual"), target, calibration=[data], pipeline="ranges-ptq", formats=wishes)
+    found = result.encodings()["left.weight"]
+    assert (found.quant_min, found.quant_max, found.scale.numel()) == (low, -low - 1, scales)
