@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qhw.engine import (
     CalibrationData,
     Progress,
     QuantizedModel,
+    WorkFolder,
     blaming,
     default_progress,
     has_labels,
@@ -123,6 +125,7 @@ def quantize(
     target: TargetSpec | str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    work_folder: WorkFolder | str | os.PathLike[str] | None = None,
     registry: Registry | None = None,
     **wishes: Any,
 ) -> QuantizedModel:
@@ -138,6 +141,9 @@ def quantize(
             made knows its own.
         seed: For algorithms that draw random numbers.
         progress: Where progress is shown; absent: a bar on a terminal.
+        work_folder: Where layers that are done are kept until the call ends well. The same call reads them back after
+            a kill, and gives the same result. Absent: nothing is kept. A `WorkFolder` whose `with` block the caller
+            has entered keeps them until the block ends.
         registry: Plugins to use; absent: all that are installed.
         wishes: With a target: `pipeline`, `prefer`, `without`, `keep_float`, `formats`, `options`, as `qhw.plan` takes
             them.
@@ -146,7 +152,8 @@ def quantize(
         QuantizedModel: an nn.Module in eval mode.
 
     Raises:
-        QhwError: see `plan`; and CalibrationError for data that does not fit, RangeError for NaN in weights.
+        QhwError: see `plan`; and CalibrationError for data that does not fit, RangeError for NaN in weights,
+            ResultError for a work folder that cannot be written.
     """
     registry = registry or default_registry()
     if isinstance(plan_or_target, QuantPlan):
@@ -168,7 +175,10 @@ def quantize(
         # Once, and for both: an iterator that can be read only once would be used up by the first.
         data = _calibration(calibration, graph)
         made = plan(graph, spec, calibration=data, registry=registry, **wishes)
-    return run(graph, spec, made, registry, data, progress=progress or default_progress(), seed=seed)
+    with _entered(work_folder) as folder:
+        return run(
+            graph, spec, made, registry, data, progress=progress or default_progress(), seed=seed, work_folder=folder
+        )
 
 
 def save(
@@ -318,6 +328,11 @@ def _calibration(data: CalibrationData | None, graph: Graph) -> Calibration | No
     if data is None or (isinstance(data, Calibration) and data.graph is graph):
         return data
     return Calibration(data, graph)
+
+
+def _entered(folder: WorkFolder | str | os.PathLike[str] | None) -> AbstractContextManager[WorkFolder | None]:
+    """A path becomes a folder of this call's own; a WorkFolder is its caller's, who entered it."""
+    return nullcontext(folder) if folder is None or isinstance(folder, WorkFolder) else WorkFolder(folder)
 
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qhw.decisions import Json, Resources, Step, StepReport, Survey
-from qhw.engine import Layer, layers
+from qhw.engine import Layer, improve_layers
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.schema import TargetSpec
@@ -72,10 +72,7 @@ class AdaRound(Algorithm):
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Learn the rounding of each layer in execution order."""
-        figures: dict[str, dict[str, Json]] = {}
-        walk = layers(work, context, step.sites, samples=self.options.samples, label="adaround")
-        for index, layer in enumerate(walk):
-            figures[layer.group] = self._round(work, layer, context.seed + index)
+        figures = improve_layers(work, context, step, self._round, samples=self.options.samples, label="adaround")
         return StepReport(stage=step.stage, algorithm=self.name, summary=gain_words(figures), sites=figures)
 
     def _round(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qhw.decisions import Json, Resources, Step, StepReport, Survey
-from qhw.engine import Layer, layers
+from qhw.engine import Layer, improve_layers
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.schema import TargetSpec
@@ -54,9 +54,7 @@ class Gptq(Algorithm):
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Round each layer in execution order."""
-        figures: dict[str, dict[str, Json]] = {}
-        for index, layer in enumerate(layers(work, context, step.sites, samples=self.options.samples, label="gptq")):
-            figures[layer.group] = self._round(work, layer, context.seed + index)
+        figures = improve_layers(work, context, step, self._round, samples=self.options.samples, label="gptq")
         return StepReport(stage=step.stage, algorithm=self.name, summary=gain_words(figures), sites=figures)
 
     def _round(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:

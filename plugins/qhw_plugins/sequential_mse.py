@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from qhw.decisions import Json, Resources, Step, StepReport, Survey
-from qhw.engine import Layer, layers
+from qhw.engine import Layer, improve_layers
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import PerTensor, QParams, fake_quantize, qparams_from_range, range_of
@@ -57,17 +57,19 @@ class SequentialMse(Algorithm):
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Choose the scales of each layer in execution order."""
-        figures: dict[str, dict[str, Json]] = {}
-        walk = layers(work, context, step.sites, samples=self.options.samples, label="sequential MSE")
-        for index, layer in enumerate(walk):
-            rows, _ = sample_rows(layer, self.options.rows, 0.0, context.seed + index)
-            bias = layer.operator.bias
-            bias_rows = layer.form.bias_rows(None if bias is None else work.graph.tensor(bias).detach())
-            qparams, share = self._best(work, layer, rows, bias_rows)
-            work.set_qparams(layer.group, qparams)
-            figures[layer.group] = {"mean_share": round(share, 4)}
+        figures = improve_layers(
+            work, context, step, self._choose, samples=self.options.samples, label="sequential MSE"
+        )
         summary = f"{len(figures)} weight ranges by the error of outputs"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
+
+    def _choose(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:
+        rows, _ = sample_rows(layer, self.options.rows, 0.0, seed)
+        bias = layer.operator.bias
+        bias_rows = layer.form.bias_rows(None if bias is None else work.graph.tensor(bias).detach())
+        qparams, share = self._best(work, layer, rows, bias_rows)
+        work.set_qparams(layer.group, qparams)
+        return {"mean_share": round(share, 4)}
 
     def _best(self, work: Any, layer: Layer, rows: LayerRows, bias_rows: Tensor) -> tuple[QParams, float]:
         weight, grid, granularity = work.weight(layer.group), work.grid(layer.group), work.granularity(layer.group)

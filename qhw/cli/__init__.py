@@ -15,6 +15,7 @@ _INTERRUPTED = 130  # what typer exits with after Ctrl-C
 def main() -> None:
     """Run the command line; mistakes end in one line on standard error and exit status 1, never in a traceback."""
     from qhw.cli.app import app
+    from qhw.cli.interrupted import Interrupted
 
     _quiet_libraries()
     try:
@@ -22,6 +23,9 @@ def main() -> None:
     except QhwError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except Interrupted as stopped:
+        print(f"interrupted: {stopped}", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
     except SystemExit as ended:
         if ended.code == _INTERRUPTED:
             print("interrupted: nothing was written. Run the same command again.", file=sys.stderr)

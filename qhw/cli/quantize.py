@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qhw quantize`: apply a plan, measure, and write the result folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +24,7 @@ from qhw.cli.options import (
 
 if TYPE_CHECKING:
     from qhw.decisions import QuantPlan
-    from qhw.engine import QuantizedModel, Score
+    from qhw.engine import QuantizedModel, Score, WorkFolder
     from qhw.graph import Graph
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; an earlier result is replaced.")]
@@ -66,6 +68,8 @@ def quantize(
 ) -> None:
     """Quantize a model for a target and write the result folder: plan, tensors, artefact, scores.
 
+    Stopped before the end, the same command goes on behind the last layer that was done.
+
     Example: qhw quantize examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
     --evaluate examples.digits:evaluation --out out/p4
     """
@@ -86,7 +90,6 @@ def quantize(
     labelled = None if evaluate is None else load_data(evaluate)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
-    result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed)
     scores: list[Score] = []
 
     def measure(artefact: Path) -> Any:
@@ -97,8 +100,38 @@ def quantize(
                 raise CalibrationError(str(error).replace("evaluation: ", f"{evaluate}: ", 1)) from error
         return [asdict(score) for score in scores]
 
-    qhw.save(result, out, evaluate_artefact=measure)
+    with _keeping(out) as folder:
+        result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed, work_folder=folder)
+        qhw.save(result, out, evaluate_artefact=measure)
     _report(graph, result, out, scores, as_json)
+
+
+@contextmanager
+def _keeping(out: Path) -> "Iterator[WorkFolder]":
+    """Layers that are done lie beside the result until it is written; what stops the work before says so."""
+    from qhw.cli.console import warn
+    from qhw.cli.interrupted import Interrupted
+    from qhw.engine import WorkFolder
+    from qhw.errors import QhwError
+
+    folder = WorkFolder(out.parent / f"{out.name}.work")
+
+    def words() -> str:
+        return f"{folder.kept} finished layer{'s are' if folder.kept > 1 else ' is'} kept in {folder.path}"
+
+    try:
+        with folder:
+            yield folder
+            if folder.read:
+                warn(f"{folder.read} finished layer{'s' if folder.read > 1 else ''} read back from {folder.path}")
+    except KeyboardInterrupt:
+        if folder.kept:
+            raise Interrupted(f"{words()}. Run the same command again to go on.") from None
+        raise
+    except QhwError:
+        if folder.kept:
+            warn(f"{words()}, for when the command is run again.")
+        raise
 
 
 def _read_plan(path: Path, asked: dict[str, Any]) -> "QuantPlan":

@@ -75,7 +75,9 @@ class ActivationStore:
         mapped = torch.from_file(str(file), shared=True, size=max(total, 1), dtype=tensors[0].dtype)
         placed, start = [], 0
         for tensor in tensors:
-            view = mapped[start : start + tensor.numel()].view(tensor.shape)
+            # With the strides that it has in memory: a kernel is chosen by strides, and each rounds in its own way.
+            strides = torch.empty_like(tensor, device="meta").stride()
+            view = mapped.as_strided(tensor.shape, strides, start)
             placed.append(view.copy_(tensor))
             start += tensor.numel()
         return tuple(placed)

@@ -8,6 +8,7 @@ what lies behind is not computed until the layer is done, and what no later oper
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from qhw.errors import PlanError
 from qhw.graph import Graph, Operator
 from qhw.numerics import fake_quantize
 
-__all__ = ["Layer", "layers"]
+__all__ = ["Layer", "LayerWalk", "layers"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def layers(
 
     Between two layers the caller may change the weight or bias of the first: the later ones see it. Weights whose
     group has qparams are quantized, whether or not they are walked through. A weight that several operators share is
-    met at the first of them.
+    met at the first of them. An algorithm whose work on a layer takes long uses `improve_layers`, which keeps it.
 
     Args:
         work: The working copy; its reference is the float model.
@@ -67,32 +68,74 @@ def layers(
     Raises:
         PlanError: a group is no weight.
     """
-    wanted = {_parameter(work, group): group for group in groups}
-    order = []
-    for operator in work.graph.operators:
-        if operator.weight in wanted:
-            order.append((wanted.pop(operator.weight), operator))
-    batches = _micro_batches(context, samples)
-    simulated = work.graph.copy()
-    _quantize_weights(work, simulated, work.qparams)
-    quantized, floats = _Stepper(simulated, batches), _Stepper(work.reference, batches)
-    with ActivationStore(context.memory_bytes) as store:
-        for group, operator in context.progress.track(order, label, len(order)):
-            name = operator.inputs[0]
-            quantized.advance_before(operator.node, store)
-            floats.advance_past(operator.node, store)
-            weight = work.graph.tensor(str(operator.weight))
-            yield Layer(
-                group=group,
-                operator=operator,
-                form=MatrixForm(operator, tuple(weight.shape)),
-                inputs=quantized.values(simulated.node(name), store),
-                outputs=floats.values(work.reference.node(operator.name), store),
-                clip=_clip(work, operator),
-            )
-            _quantize_weights(work, simulated, [group])
-            if operator.bias is not None:
-                simulated.set_tensor(operator.bias, work.graph.tensor(operator.bias).detach())
+    with LayerWalk(work, context, groups, samples) as walk:
+        for group, operator in context.progress.track(walk.order, label, len(walk.order)):
+            yield walk.layer(group, operator)
+            walk.settle(group, operator)
+
+
+class LayerWalk:
+    """A walk through layers in execution order, by hand; use it in a `with` block.
+
+    A layer that is settled without being asked for costs nothing until a later one is.
+
+    Args:
+        work: The working copy; its reference is the float model.
+        context: Data and memory.
+        groups: Groups of weight points.
+        samples: Calibration samples to use, whole micro-batches; None: all.
+
+    Attributes:
+        order: Groups and their operators, in execution order.
+
+    Raises:
+        PlanError: a group is no weight.
+    """
+
+    def __init__(self, work: Work, context: Context, groups: Iterable[str], samples: int | None) -> None:
+        wanted = {_parameter(work, group): group for group in groups}
+        order = []
+        for operator in work.graph.operators:
+            if operator.weight in wanted:
+                order.append((wanted.pop(operator.weight), operator))
+        self.order = tuple(order)
+        self._work = work
+        batches = _micro_batches(context, samples)
+        self._simulated = work.graph.copy()
+        _quantize_weights(work, self._simulated, work.qparams)
+        self._quantized = _Stepper(self._simulated, batches)
+        self._floats = _Stepper(work.reference, batches)
+        self._store = ActivationStore(context.memory_bytes)
+
+    def __enter__(self) -> "LayerWalk":
+        self._store.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._store.__exit__(kind, error, trace)
+
+    def layer(self, group: str, operator: Operator) -> Layer:
+        """The next layer; its tensors are valid until the one after it is asked for."""
+        name = operator.inputs[0]
+        self._quantized.advance_before(operator.node, self._store)
+        self._floats.advance_past(operator.node, self._store)
+        weight = self._work.graph.tensor(str(operator.weight))
+        return Layer(
+            group=group,
+            operator=operator,
+            form=MatrixForm(operator, tuple(weight.shape)),
+            inputs=self._quantized.values(self._simulated.node(name), self._store),
+            outputs=self._floats.values(self._work.reference.node(operator.name), self._store),
+            clip=_clip(self._work, operator),
+        )
+
+    def settle(self, group: str, operator: Operator) -> None:
+        """Let later layers see the weight and bias as they are in the working copy now."""
+        _quantize_weights(self._work, self._simulated, [group])
+        if operator.bias is not None:
+            self._simulated.set_tensor(operator.bias, self._work.graph.tensor(operator.bias).detach())
 
 
 def _parameter(work: Work, group: str) -> str:

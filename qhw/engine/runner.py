@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qhw.decisions import QuantPlan, Step, StepReport
+from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.bias import bias_qparams
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import Calibration
@@ -18,6 +18,7 @@ from qhw.engine.progress import Progress, RichProgress, SilentProgress
 from qhw.engine.replay import check_plan
 from qhw.engine.result import QuantizedModel
 from qhw.engine.work import Context, Work
+from qhw.engine.work_folder import KeptStep, WorkFolder, facts_of
 from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry
 from qhw.graph import Graph
@@ -39,6 +40,7 @@ def run(
     *,
     progress: Progress | None = None,
     seed: int = 0,
+    work_folder: WorkFolder | None = None,
 ) -> QuantizedModel:
     """Apply a plan to a model.
 
@@ -50,6 +52,7 @@ def run(
         calibration: Data for the steps that need it.
         progress: Where progress is shown.
         seed: For algorithms that draw random numbers.
+        work_folder: Where finished layers are kept and found again; None: nothing is kept.
 
     Returns:
         QuantizedModel: in eval mode.
@@ -70,7 +73,7 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            reports = tuple(_apply(step, work, context, registry) for step in plan.steps)
+            reports = tuple(_apply(n, work, context, registry, work_folder) for n in range(len(plan.steps)))
     finally:
         if isinstance(progress, RichProgress):
             progress.stop()
@@ -82,12 +85,15 @@ def run(
     return result
 
 
-def _apply(step: Step, work: Work, context: Context, registry: Registry) -> StepReport:
+def _apply(number: int, work: Work, context: Context, registry: Registry, folder: WorkFolder | None) -> StepReport:
+    step = work.plan.steps[number]
     entry = registry.algorithms[step.algorithm]
     options = options_for(entry.value, step.options, f"plan: step '{step.algorithm}'.options")
     doing = f"algorithm '{entry.name}': apply"
     if step.stage not in _PRESERVING:
         work.keep_reference()
+    if folder is not None:
+        context.kept = KeptStep(folder, number, facts_of(work.plan, number, options, entry.record, context.seed))
     with blaming(entry.record, doing):
         answer = entry.value(options).apply(work, step, context)
     report = must_be(answer, StepReport, entry.record, doing)

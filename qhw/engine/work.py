@@ -12,6 +12,7 @@ from qhw.engine.calibration import MICRO_BATCH, Calibration, running
 from qhw.engine.grids import granularity_of, grid_of
 from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
+from qhw.engine.work_folder import KeptStep
 from qhw.errors import PlanError, RangeError
 from qhw.graph import Graph, QuantPoint
 from qhw.numerics import ChannelNormal, Granularity, Grid, QParams, fake_quantize, legal_scale
@@ -38,6 +39,7 @@ class Context:
         progress: Where progress is shown.
         seed: For algorithms that draw random numbers.
         memory_bytes: Activations that `layers` keeps in memory; what is beyond lies in temporary files. 2 GiB.
+        kept: Layers of this step that `improve_layers` reads and writes; None: nothing is kept. The runner sets it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Context:
         self.progress = progress
         self.seed = seed
         self.memory_bytes = memory_bytes
+        self.kept: KeptStep | None = None
 
     @property
     def calibration(self) -> Calibration:
