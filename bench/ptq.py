@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Post-training quantization on CIFAR-10: the white paper's tables on small networks, and the whole pipeline.
 
-    python -m bench.ptq              # all parts, writes bench/PTQ.md (about 45 minutes on one core)
-    python -m bench.ptq --part 5     # one part, prints only
-    python -m bench.ptq --quick      # 500 test images, one seed, prints only
+    python -m bench.ptq                                   # all parts, writes bench/PTQ.md
+    python -m bench.ptq --part 3                          # one part, prints only
+    python -m bench.ptq --part 5 --networks resnet20      # the whole pipeline on one network, prints only
+    python -m bench.ptq --quick                           # 500 test images, one seed, prints only
+
+In several processes, each with `--save FOLDER` (and `--part`, `--networks`), then once:
+
+    python -m bench.ptq --join FOLDER                     # writes bench/PTQ.md
 
 Protocol: calibration on the first 1,000 training images (AdaRound learns from the first 512), test on all 10,000,
 every tensor quantized but where a table says otherwise, target whitepaper/generic-int8, one thread. Drops are against
 the float model on the same images; the standard error of a paired drop is about sqrt(share that differs / 10,000), 0.2
-at 96 % agreement. CPU seconds are of planning and quantizing a captured model.
+at 96 % agreement. CPU seconds and memory are of planning and quantizing a captured model.
 """
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,12 +30,25 @@ from torch import Tensor
 import qhw
 from bench.cifar import TARGET, cpu_seconds, float_pass, outputs
 from bench.data import load_models
+from bench.memory import peak_gib
+from bench.pieces import Piece, load, save
 from qhw.engine import SilentProgress, agreement, top1
 
 HERE = Path(__file__).parent
 PLAIN = {"pipeline": "ranges-ptq"}
 NETWORKS = ("resnet20", "unbalanced", "mobilenetv2", "resnet32")
-FORMATS = {("W8", "tensor"): "w8t", ("W8", "axis"): "w8", ("W4", "tensor"): "w4t", ("W4", "axis"): "w4"}
+# Rows of the whole pipeline: bits, weights per, with data, formats of weights and activations.
+ROWS = (
+    ("W8A8", "tensor", True, "w8t", "a8"),
+    ("W8A8", "tensor", False, "w8t", "a8"),
+    ("W8A8", "axis", True, "w8", "a8"),
+    ("W8A8", "axis", False, "w8", "a8"),
+    ("W4A8", "tensor", True, "w4t", "a8"),
+    ("W4A8", "axis", True, "w4", "a8"),
+    ("W3A8", "tensor", True, "w3t", "a8"),
+    ("W3A8", "axis", True, "w3", "a8"),
+    ("W4A4", "axis", True, "w4", "a4"),
+)
 
 
 @dataclass
@@ -195,39 +212,44 @@ def part4(bench: Bench) -> Iterator[str]:
     yield from table([f"float {bench.float_top1('resnet20'):.2f}", "top-1"], rows)
 
 
-def part5(bench: Bench) -> Iterator[str]:
-    """The whole pipeline, as the paper's Table 6, three seeds where AdaRound takes part."""
-    yield "## The whole pipeline (paper, Table 6)"
-    rows = []
-    for name in NETWORKS:
-        for (bits, per), weight in FORMATS.items():
-            for data in (True, False):
-                if bits == "W4" and not data:
-                    continue
-                seeds = range(3 if bits == "W4" and name != "resnet32" and not bench.quick else 1)
-                rows.append(_pipeline_row(bench, name, f"{bits}A8", per, data, list(seeds), formats=formats(weight)))
-    for name in ("resnet20", "mobilenetv2"):
-        wishes = {"formats": formats("w4", "a4")}
-        rows.append(_pipeline_row(bench, name, "W4A4", "axis", True, [0], **wishes))
-    head = ["network", "bits", "weights per", "data", "float", "top-1", "drop", "agree, %", "CPU s", "x float pass"]
-    yield from table(head, rows)
-    yield "Several figures in a cell: seeds 0, 1, 2. Without data: ranges and bias correction from batch norms."
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    yield f"Peak memory of the process, with all images: {peak:.1f} GB."
+def pipeline_rows(bench: Bench, name: str) -> Iterator[str]:
+    """The whole pipeline on one network, as the paper's Table 6; three seeds of W4A8, where AdaRound draws."""
+    for bits, per, data, weight, activation in ROWS:
+        if bits == "W3A8" and name == "resnet32":
+            continue
+        seeds = 3 if bits == "W4A8" and name != "resnet32" and not bench.quick else 1
+        wishes = {"formats": formats(weight, activation)}
+        row = _pipeline_row(bench, name, bits, per, data, list(range(seeds)), **wishes)
+        line = f"| {' | '.join(row)} |"
+        print(line, file=sys.stderr, flush=True)
+        yield line
+
+
+HEAD5 = ("network", "bits", "weights per", "data", "float", "top-1", "drop", "agree, %", "CPU s", "x float pass", "GiB")
+TEXT5 = """Several figures in a cell: seeds 0, 1, 2. Without data: ranges and bias correction from batch norms. GiB: the
+largest resident memory of the process while it plans and quantizes; the interpreter, torch and all images are in it."""
+
+
+def part5(rows: list[str]) -> list[str]:
+    """The whole pipeline, from the rows of its networks."""
+    return ["## The whole pipeline (paper, Table 6)", *table(list(HEAD5), [])[:-1], *rows, "", TEXT5]
 
 
 def _pipeline_row(
     bench: Bench, name: str, bits: str, per: str, data: bool, seeds: list[int], **wishes: Any
 ) -> list[str]:
-    tops, shares, costs = [], [], []
+    tops, shares, costs, peaks = [], [], [], []
     for seed in seeds:
-        (result,), seconds = bench.run(name, data=data, seed=seed, **wishes)
+        bench.network(name)
+        with peak_gib() as peak:
+            (result,), seconds = bench.run(name, data=data, seed=seed, **wishes)
+        peaks += peak
         found, share = bench.score(name, result)
         tops.append(found)
         shares.append(share)
         costs.append(seconds)
     base = bench.float_top1(name)
-    row = [
+    return [
         name,
         bits,
         per,
@@ -238,38 +260,86 @@ def _pipeline_row(
         ", ".join(f"{s:.1f}" for s in shares),
         f"{sum(costs) / len(costs):.1f}",
         f"{min(costs) / bench.network(name).float_seconds:.1f}",
+        f"{max(peaks):.2f}",
     ]
-    print(f"| {' | '.join(row)} |", file=sys.stderr, flush=True)
-    return row
 
 
-PARTS: dict[str, Callable[[Bench], Iterator[str]]] = {"1": part1, "2": part2, "3": part3, "4": part4, "5": part5}
+PARTS: dict[str, Callable[[Bench], Iterator[str]]] = {"1": part1, "2": part2, "3": part3, "4": part4}
+KEYS = [*PARTS, *(f"5-{name}" for name in NETWORKS)]
+"""What the page is made of: a piece for each part, of part 5 for each network."""
 
 
-def main() -> None:
-    """Measure and write the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="500 test images, one seed; print, write nothing")
-    parser.add_argument("--part", choices=sorted(PARTS), help="only this one; print, write nothing")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    bench = Bench(arguments.quick)
+def made_with() -> str:
+    """Versions and CPU."""
+    return f"qhw {qhw.__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+
+
+def measure(bench: Bench, key: str) -> Piece:
+    """One of KEYS."""
     started = time.process_time()
+    part, _, name = key.partition("-")
+    lines = list(pipeline_rows(bench, name) if name else PARTS[part](bench))
+    return Piece(key, lines, made_with(), time.process_time() - started)
+
+
+def page(pieces: list[Piece]) -> str:
+    """The Markdown of some pieces."""
     lines = [
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# CIFAR-10: post-training quantization",
         "",
         "Made by `python -m bench.ptq`; protocol in `bench/ptq.py`. Read the drops: the networks are small.",
-        f"qhw {qhw.__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread.",
+        f"{pieces[0].made_with}.",
         "",
     ]
-    for key, part in PARTS.items():
-        if arguments.part in (None, key):
-            lines += [*part(bench), ""]
-    lines.append(f"All of it: {(time.process_time() - started) / 60:.0f} CPU minutes.")
-    text = "\n".join(lines) + "\n"
+    for piece in pieces:
+        if not piece.key.startswith("5-"):
+            lines += [*piece.lines, ""]
+    rows = [line for piece in pieces if piece.key.startswith("5-") for line in piece.lines]
+    lines += [*part5(rows), ""] if rows else []
+    lines.append(f"All of it: {sum(piece.cpu_seconds for piece in pieces) / 60:.0f} CPU minutes.")
+    return "\n".join(lines) + "\n"
+
+
+def networks(text: str) -> list[str]:
+    """The networks of a list with commas."""
+    unknown = [name for name in text.split(",") if name not in NETWORKS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no network {unknown[0]!r}; known are {', '.join(NETWORKS)}")
+    return text.split(",")
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="500 test images, one seed; print, write no page")
+    parser.add_argument("--part", choices=[*PARTS, "5"], help="only this one; print, write no page")
+    parser.add_argument("--networks", type=networks, metavar="NAME,...", help="part 5 for these only")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep there what is measured")
+    parser.add_argument(
+        "--join", type=Path, metavar="FOLDER", help="write the page from what was kept; measure nothing"
+    )
+    arguments = parser.parse_args()
+    if arguments.networks and arguments.part != "5":
+        parser.error("--networks chooses among the rows of part 5; give --part 5 as well")
+    if arguments.quick and arguments.save:
+        parser.error("--quick measures nothing worth keeping; leave --save out")
+    keys = [key for key in KEYS if arguments.part in (None, key[0])]
+    if arguments.networks:
+        keys = [f"5-{name}" for name in arguments.networks]
+    if arguments.join:
+        pieces = load(arguments.join, KEYS)
+    else:
+        torch.set_num_threads(1)
+        bench = Bench(arguments.quick)
+        pieces = []
+        for key in keys:
+            pieces.append(measure(bench, key))
+            if arguments.save:
+                save(pieces[-1], arguments.save)
+    text = page(pieces)
     print(text)
-    if not arguments.quick and arguments.part is None:
+    if not arguments.quick and keys == KEYS:
         (HERE / "PTQ.md").write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pieces of a benchmark page that separate processes measure, kept in a folder until all are there."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["Piece", "load", "save"]
+
+
+@dataclass
+class Piece:
+    """What one process measured of a page.
+
+    Attributes:
+        key: Its place in the page.
+        lines: Markdown.
+        made_with: Versions and CPU; pieces of one page have the same.
+        cpu_seconds: What it took.
+    """
+
+    key: str
+    lines: list[str]
+    made_with: str
+    cpu_seconds: float
+
+
+def save(piece: Piece, folder: Path) -> None:
+    """Write a piece, over an earlier one with its key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{piece.key}.json").write_text(json.dumps(asdict(piece), indent=1) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, keys: list[str]) -> list[Piece]:
+    """The pieces of a page in its order; exits with one line where one is missing or was made elsewhere."""
+    missing = [key for key in keys if not (folder / f"{key}.json").is_file()]
+    if missing:
+        sys.exit(f"error: {folder}: {', '.join(missing)} not there. Measure them with --part and --save.")
+    found = [Piece(**json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))) for key in keys]
+    made = sorted({piece.made_with for piece in found})
+    if len(made) > 1:
+        sys.exit(f"error: {folder}: pieces were made with {' and with '.join(made)}. Measure the older ones again.")
+    return found
