@@ -122,6 +122,17 @@ def test_the_store_spills_beyond_its_budget_and_cleans_up() -> None:
     assert not folder.exists()
 
 
+def test_what_lies_in_files_keeps_its_strides() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    layouts = {"channels-last": x.to(memory_format=torch.channels_last), "transposed": x.transpose(1, 3), "plain": x}
+    for name, tensor in layouts.items():
+        with ActivationStore(budget_bytes=0) as store:
+            found = store.get(store.put([x, tensor, tensor]))[1]
+            assert torch.equal(found, tensor) and found.stride() == tensor.stride(), name
+    with ActivationStore(budget_bytes=0) as store:  # one value in many places takes a place each
+        assert torch.equal(store.get(store.put([x[:1].expand(2, 3, 4, 5)]))[0], x[:1].expand(2, 3, 4, 5))
+
+
 def test_a_model_of_another_batch_size_is_named(registry: Registry, target: TargetSpec, images: Tensor) -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(0), torch.nn.Unflatten(0, (2, 144)))
     graph = capture(net.append(torch.nn.Linear(144, 2)).eval(), images[:2], dynamic_batch=False)
