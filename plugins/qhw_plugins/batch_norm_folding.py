@@ -66,12 +66,17 @@ def normal_of(graph: Graph, norm: Operator) -> ChannelNormal:
     return ChannelNormal(mean, std)
 
 
+def factor_of(graph: Graph, norm: Operator) -> Tensor:
+    """What a batch norm multiplies each channel by: float64 [channels]."""
+    module: Any = graph.module.get_submodule(str(norm.attributes["module"]))
+    factor: Tensor = (module.running_var.double() + module.eps).rsqrt()
+    return factor if module.weight is None else factor * module.weight.detach().double()
+
+
 def fold(graph: Graph, producer: Operator, norm: Operator) -> None:
     """Fold one batch norm into the operator before it and take it out of the graph."""
     module: Any = graph.module.get_submodule(str(norm.attributes["module"]))
-    factor = (module.running_var.double() + module.eps).rsqrt()
-    if module.weight is not None:
-        factor = factor * module.weight.detach().double()
+    factor = factor_of(graph, norm)
     offset = torch.zeros_like(factor) if module.bias is None else module.bias.detach().double()
     bias = 0.0 if producer.bias is None else graph.tensor(producer.bias).detach().double()
     folded_bias = offset + factor * (bias - module.running_mean.double())

@@ -19,6 +19,7 @@ from qhw_plugins.equalization_pairs import (
     along_features,
     along_outputs,
     folded_norms,
+    largest_weights,
     planned_pairs,
 )
 
@@ -48,8 +49,8 @@ class CrossLayerEqualization(Algorithm):
     without weights on one side keeps s = 1. Products are formed in float64 and rounded once.
 
     Reference:
-        Nagel et al., 2021, arXiv:2106.08295, section 3.1, eqs. 20 to 22; Nagel et al., 2019, arXiv:1906.04721. Differs:
-        a clip with a bound (ReLU6) is refused, not replaced.
+        Nagel et al., 2021, arXiv:2106.08295, section 3.1, eqs. 20 to 22; Nagel et al., 2019, arXiv:1906.04721. A
+        clip with a bound (ReLU6) is refused; `relu6_replacement` may have taken it away before.
     """
 
     name = "cross_layer_equalization"
@@ -142,7 +143,7 @@ class _Ranges:
 
     def __init__(self, graph: Graph, chain: Sequence[Pair]) -> None:
         operators = [chain[0].first, *(pair.second for pair in chain)]
-        self._largest = [_largest(graph, operator) for operator in operators]
+        self._largest = [largest_weights(graph, operator) for operator in operators]
         self._blocks = [pair.block for pair in chain]
         self.scales = [torch.ones(pair.channels, dtype=torch.float64) for pair in chain]
 
@@ -184,15 +185,6 @@ class _Ranges:
         for index, step in zip(run[:-1], steps, strict=False):
             self.scales[index] = self.scales[index] * step.exp()
         return float(steps[:-1].abs().max()) if steps.numel() else 0.0
-
-
-def _largest(graph: Graph, operator: Operator) -> Tensor:
-    """float64 [out, in], depthwise [channels]: largest magnitude over the kernel's taps."""
-    weight = graph.tensor(str(operator.weight)).detach().double().abs()
-    if operator.kind == "DepthwiseConv":
-        return weight.flatten(1).amax(1)
-    weight = weight if operator.weight_axis == 0 else weight.transpose(0, 1)
-    return weight.flatten(2).amax(2) if weight.dim() > 2 else weight
 
 
 def _spread(ranges: Tensor) -> float:

@@ -13,7 +13,15 @@ from qhw.decisions import Reason
 from qhw.errors import PlanError
 from qhw.graph import VIEW_KINDS, Graph, Operator, Placement
 
-__all__ = ["Pair", "PairFinder", "along_features", "along_outputs", "folded_norms", "planned_pairs"]
+__all__ = [
+    "Pair",
+    "PairFinder",
+    "along_features",
+    "along_outputs",
+    "folded_norms",
+    "largest_weights",
+    "planned_pairs",
+]
 
 _WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 _ELEMENTWISE = ("Relu", "PRelu", "LeakyRelu", "Identity", "Dropout")
@@ -52,11 +60,13 @@ class PairFinder:
     Args:
         graph: The model.
         folded: Batch norms that are part of the operator before them by the time the pairs are used.
+        unbounded: Clips that count as if they had no upper bound.
     """
 
-    def __init__(self, graph: Graph, folded: Collection[str] = ()) -> None:
+    def __init__(self, graph: Graph, folded: Collection[str] = (), unbounded: Collection[str] = ()) -> None:
         self._graph = graph
         self._folded = folded
+        self._unbounded = unbounded
         self._reads: Counter[int] = Counter()
         for node in graph.module.graph.nodes:
             if node.op == "get_attr":
@@ -66,10 +76,10 @@ class PairFinder:
         """Operators with weights, in execution order."""
         return tuple(operator for operator in self._graph.operators if operator.kind in _WEIGHTED)
 
-    def batch_norm_of(self, first: Operator) -> str | None:
+    def batch_norm_of(self, first: Operator) -> Operator | None:
         """The batch norm that is folded into an operator."""
         readers = self._graph.consumers(first.name)
-        return next((reader.name for reader in readers if reader.name in self._folded), None)
+        return next((reader for reader in readers if reader.name in self._folded), None)
 
     def after(self, first: Operator) -> Pair | Reason:
         """The pair that an operator with weights begins, or the fact that stands against it."""
@@ -87,7 +97,7 @@ class PairFinder:
                 block = layout.block(value)
                 return obstacle or Pair(first, reader, tuple(between), block)
             if reader.name not in self._folded:
-                obstacle = _not_homogeneous(reader)
+                obstacle = None if reader.name in self._unbounded else _not_homogeneous(reader)
                 moved = layout.through(value, reader)
                 if obstacle is not None or moved is None:
                     return obstacle or _fact(reader, "kind", reader.kind, "{value} does not keep channels apart")
@@ -146,6 +156,15 @@ def planned_pairs(graph: Graph, sites: Collection[str], algorithm: str) -> list[
             f"plan: step '{algorithm}': {strange[0]}: is no operator with weights. Take it out of the sites."
         )
     return pairs
+
+
+def largest_weights(graph: Graph, operator: Operator) -> Tensor:
+    """Largest magnitude over the kernel's taps: float64 [out, in], depthwise [channels]."""
+    weight = graph.tensor(str(operator.weight)).detach().double().abs()
+    if operator.kind == "DepthwiseConv":
+        return weight.flatten(1).amax(1)
+    weight = weight if operator.weight_axis == 0 else weight.transpose(0, 1)
+    return weight.flatten(2).amax(2) if weight.dim() > 2 else weight
 
 
 def along_outputs(factor: Tensor, operator: Operator, weight: Tensor) -> Tensor:

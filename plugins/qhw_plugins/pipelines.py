@@ -13,7 +13,11 @@ WHITEPAPER_PTQ = Pipeline(
     is_default=True,
     stages=(
         StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
-        StagePreference(stage="equalize", algorithms=("cross_layer_equalization", "bias_absorption"), mode="all"),
+        StagePreference(
+            stage="equalize",
+            algorithms=("relu6_replacement", "cross_layer_equalization", "bias_absorption"),
+            mode="all",
+        ),
         StagePreference(stage="weight_range", algorithms=("mse_weights", "min_max_weights")),
         StagePreference(stage="round", algorithms=("adaround", "nearest")),
         StagePreference(

@@ -15,6 +15,9 @@ class Step(PlanData):
     algorithm: str
     options: dict[str, Json] = Field({}, description="Options that differ from the algorithm's defaults.")
     sites: tuple[str, ...]
+    becomes: dict[str, str] = Field(
+        {}, description="Operators whose function it changes: name to their kind behind it."
+    )
     verdict: Verdict
     left_out: tuple[Site, ...] = Field((), description="Places where it does not act, each with the reason.")
 

@@ -42,6 +42,7 @@ class Site(PlanData):
     name: str = Field(description="A group of points, an operator, or a pattern named by its first operator.")
     verdict: Verdict
     absorbs: tuple[str, ...] = Field((), description="Operators that are gone from the graph once this site is done.")
+    becomes: dict[str, str] = Field({}, description="Operators that compute another function then: name to kind.")
 
 
 class Survey(PlanData):

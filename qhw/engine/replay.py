@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from qhw.decisions import STAGES, QuantPlan, Step
 from qhw.engine.options import options_for
-from qhw.engine.select import target_fingerprint
+from qhw.engine.select import changed, target_fingerprint
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Registry
 from qhw.graph import Graph, Placement, QuantPoint, place
@@ -79,6 +79,7 @@ def _check_step(step: Step, where: str, registry: Registry) -> None:
 
 def _with_formats(plan: QuantPlan, graph: Graph, target: TargetSpec) -> QuantPlan:
     """The plan with points and operators as they follow from its formats."""
+    graph = changed(graph, {name: kind for step in plan.steps for name, kind in step.becomes.items()})
     absorbed = [operator.name for operator in plan.operators if operator.where == "folded"]
     wishes = plan.overrides
 

@@ -125,8 +125,13 @@ def _set_fixed(work: Work) -> None:
 
 
 def _check_folded(work: Work) -> None:
-    left = {operator.name for operator in work.graph.operators}
+    left = {operator.name: operator.kind for operator in work.graph.operators}
     for placement in work.plan.operators:
+        if placement.where != "folded" and left.get(placement.name, placement.kind) != placement.kind:
+            raise PlanError(
+                f"{placement.name}: the plan counts on it being {placement.kind}, and no step changed "
+                f"{left[placement.name]}. Put that step back, or plan again with --without."
+            )
         if placement.where == "folded" and placement.name in left:
             raise PlanError(
                 f"{placement.name}: the plan counts on it being folded, and no step folded it. "

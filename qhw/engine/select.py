@@ -31,7 +31,7 @@ from qhw.extension.registry import Entry
 from qhw.graph import Graph, Placement, place
 from qhw.schema import TargetSpec, to_json
 
-__all__ = ["select", "target_fingerprint"]
+__all__ = ["changed", "select", "target_fingerprint"]
 
 T = TypeVar("T")
 
@@ -70,13 +70,12 @@ def select(
     )
     order = _Order(registry, pipeline, overrides)
     chosen = _Chosen()
-    # What the host may run counts once the first steps have folded what they can: batch norms, before all.
-    lenient = target.model_copy(update={"fallback": "host"})
-    first = place(graph, lenient, keep_float=overrides.keep_float)
-    absorbed = _run_stage("prepare", order, graph, first, target, resources, chosen)
-    placement = place(graph, target, absorbed=absorbed, keep_float=overrides.keep_float, formats=overrides.formats)
-    for stage in STAGES[1:]:
-        _run_stage(stage, order, graph, placement, target, resources, chosen)
+    prepared = _Prepared(graph, target, overrides)
+    for stage in STAGES:
+        _run_stage(stage, order, prepared, target, resources, chosen)
+        if stage == "prepare":
+            prepared.settle()
+    placement = prepared.placement
     _require_ranges(target, placement, chosen)
     _require_used(overrides, chosen)
     return QuantPlan(
@@ -100,6 +99,58 @@ def select(
 def target_fingerprint(target: TargetSpec) -> str:
     """SHA-256 of a resolved target's JSON form."""
     return hashlib.sha256(to_json(target).encode()).hexdigest()
+
+
+class _Prepared:
+    """The model as the steps chosen so far leave it, as far as placement goes.
+
+    Attributes:
+        graph: A copy of the captured graph where a step changes an operator's function.
+        placement: Its points on the target.
+    """
+
+    def __init__(self, graph: Graph, target: TargetSpec, overrides: Overrides) -> None:
+        self.graph = graph
+        self._target = target
+        self._overrides = overrides
+        self._absorbed: list[str] = []
+        self._is_settled = False
+        self.placement = self._place()
+
+    def take(self, sites: Iterable[Site]) -> None:
+        """A step acts on these sites."""
+        becomes: dict[str, str] = {}
+        for site in sites:
+            self._absorbed.extend(site.absorbs)
+            becomes |= site.becomes
+        if becomes:
+            self.graph = changed(self.graph, becomes)
+            self.placement = self._place()
+
+    def settle(self) -> None:
+        """Place for good, now that the first steps have folded what they can: batch norms, before all.
+
+        Only now it counts what the host may run, and the formats that the user demands have their tensors.
+        """
+        self._is_settled = True
+        self.placement = self._place()
+
+    def _place(self) -> Placement:
+        kept = self._overrides.keep_float
+        if not self._is_settled:
+            lenient = self._target.model_copy(update={"fallback": "host"})
+            return place(self.graph, lenient, keep_float=kept)
+        formats = self._overrides.formats
+        return place(self.graph, self._target, absorbed=self._absorbed, keep_float=kept, formats=formats)
+
+
+def changed(graph: Graph, becomes: Mapping[str, str]) -> Graph:
+    """The graph with operators that compute other functions, its tensors shared; itself where nothing changes."""
+    if not becomes:
+        return graph
+    copy = graph.copy(share_tensors=True)
+    copy.become(becomes)
+    return copy
 
 
 class _Chosen:
@@ -219,55 +270,51 @@ def _with_strangers(listed: list[str], ranked: dict[str, str | None]) -> list[st
 def _run_stage(
     stage: Stage,
     order: _Order,
-    graph: Graph,
-    placement: Placement,
+    prepared: _Prepared,
     target: TargetSpec,
     resources: Resources,
     chosen: _Chosen,
-) -> list[str]:
-    """Survey a stage's algorithms in order and give each its sites; returns the operators that its steps absorb."""
+) -> None:
+    """Survey a stage's algorithms in order and give each its sites; what its steps change, the next ones see."""
     chosen.refused.extend(order.absent(stage))
     done = order.skipped(stage, chosen.steps)
     taken_by: dict[str, str] = {}
-    absorbed: list[str] = []
     for candidate in order.candidates(stage):
         name = candidate.entry.name
         if candidate.refusal is not None:
             chosen.refused.append(_refusal(stage, name, candidate.refusal))
             continue
-        survey = _without(done, _survey(candidate, graph, placement, target, resources), order.pipeline_name)
+        survey = _without(done, _survey(candidate, prepared, target, resources), order.pipeline_name)
         free = [site for site in survey.taken if order.mode(stage) == "all" or site.name not in taken_by]
         if not free:
             chosen.refused.append(Refusal(stage=stage, algorithm=name, verdict=_why_not(survey, taken_by)))
             continue
         taken_by.update({site.name: name for site in free})
-        absorbed.extend(operator for site in free for operator in site.absorbs)
+        prepared.take(free)
         chosen.steps.append(
             Step(
                 stage=stage,
                 algorithm=name,
                 options=dict(candidate.options),
                 sites=tuple(site.name for site in free),
+                becomes={name: kind for site in free for name, kind in site.becomes.items()},
                 verdict=_step_verdict(survey, free),
                 left_out=tuple(site for site in survey.sites if not site.verdict.taken),
             )
         )
-    return absorbed
 
 
-def _survey(
-    candidate: _Candidate, graph: Graph, placement: Placement, target: TargetSpec, resources: Resources
-) -> Survey:
+def _survey(candidate: _Candidate, prepared: _Prepared, target: TargetSpec, resources: Resources) -> Survey:
     entry = candidate.entry
     options = options_for(entry.value, candidate.options, f"--set {entry.name}")
     doing = f"algorithm '{entry.name}': survey"
     with blaming(entry.record, doing):
-        answer = entry.value(options).survey(graph, placement, target, resources)
+        answer = entry.value(options).survey(prepared.graph, prepared.placement, target, resources)
     survey = must_be(answer, Survey, entry.record, doing)
-    operators = {operator.name for operator in graph.operators}
-    strange = [name for site in survey.taken for name in site.absorbs if name not in operators]
+    operators = {operator.name for operator in prepared.graph.operators}
+    strange = [n for site in survey.taken for n in (*site.absorbs, *site.becomes) if n not in operators]
     if strange:
-        raise entry.record.author_error(f"{doing} absorbs '{strange[0]}', which is no operator of the graph.")
+        raise entry.record.author_error(f"{doing} changes '{strange[0]}', which is no operator of the graph.")
     return survey
 
 

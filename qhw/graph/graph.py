@@ -3,7 +3,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,15 @@ from qhw.graph.rebuild import assign, fetch
 __all__ = ["Graph"]
 
 _aten = torch.ops.aten
+_FUNCTIONS = {"Relu": _aten.relu.default}  # kinds that need nothing but their input
 _MATRIX_PRODUCTS = ("aten.mm.default", "aten.matmul.default")
 
 
 class Graph:
     """One captured model.
 
-    The planner only reads it. An algorithm changes the runner's working copy, through `set_tensor`, `add_bias` and
-    `remove`, so that operators, names and parameters stay in step.
+    The planner only reads it. An algorithm changes the runner's working copy, through `set_tensor`, `add_bias`,
+    `become` and `remove`, so that operators, names and parameters stay in step.
 
     Attributes:
         module: The fx.GraphModule; runs, trains, deep-copies.
@@ -186,6 +187,26 @@ class Graph:
         if node.op == "call_module" and all(n.target != node.target for n in self.module.graph.nodes):
             self.module.delete_submodule(str(node.target))
         self.refresh()
+
+    def become(self, changes: Mapping[str, str]) -> None:
+        """Let operators with one input and no parameters compute another function of it.
+
+        Args:
+            changes: Operator -> kind; `Relu` is the only one so far.
+
+        Raises:
+            CaptureError: there is no such operator.
+            PlanError: the operator or the kind is none of those.
+        """
+        with self.changes():
+            for name, kind in changes.items():
+                operator, node = self.operator(name), self.node(name)
+                if kind not in _FUNCTIONS or len(node.all_input_nodes) != 1 or node.op != "call_function":
+                    raise PlanError(
+                        f"{name}: {operator.kind} cannot become {kind}. An element-wise operator with one input can "
+                        f"become {' or '.join(_FUNCTIONS)}."
+                    )
+                node.target, node.args, node.kwargs = _FUNCTIONS[kind], (node.all_input_nodes[0],), {}
 
     @contextmanager
     def changes(self) -> Iterator[None]:

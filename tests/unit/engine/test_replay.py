@@ -160,7 +160,7 @@ EDITS = {
     "site-of-another-role": (step(1, sites=["fc"]), r"steps\.1\.sites: no group of weight points is called 'fc'\."),
     "option-unknown": (
         step(3, options={"bins": 4}),
-        r"steps\.3\.options\.bins: Extra inputs are not permitted; options of 'mse': none\. Give one",
+        r"steps\.3\.options\.bins: Extra inputs are not permitted; options of 'mse': search\. Give one",
     ),
     "steps-out-of-order": (
         lambda data: data["steps"].reverse(),

@@ -204,7 +204,7 @@ def test_an_algorithm_that_raises_in_survey_is_named(
                 verdict=Verdict(taken=True),
                 sites=(Site(name="conv1", verdict=Verdict(taken=True), absorbs=("nowhere",)),),
             ),
-            r"algorithm 'broken': survey absorbs 'nowhere', which is no operator of the graph\.",
+            r"algorithm 'broken': survey changes 'nowhere', which is no operator of the graph\.",
         ),
     ],
     ids=["no-survey", "absorbs-nothing"],
@@ -349,7 +349,7 @@ def test_options_reach_the_survey_and_the_step(
         (
             {"mse_weights": {"clipping_weight": 0.5}},
             r"^--set mse_weights\.clipping_weight: Input should be greater than or equal to 1; options of "
-            r"'mse_weights': clipping_weight\. Give one of these, or leave it out\.$",
+            r"'mse_weights': search, clipping_weight\. Give one of these, or leave it out\.$",
         ),
         (
             {"nearest": {"speed": 1}},
