@@ -85,12 +85,17 @@ def run(
     """Quantize with `shake`, which stops before the layer that is asked for; the folder is `tmp_path / "work"`."""
 
     def make(
-        stop_at: int | None = None, folder: Any = "work", by: float = 0.01, data: Tensor = images[:70], **more: Any
+        stop_at: int | None = None,
+        folder: Any = "work",
+        by: float = 0.01,
+        data: Tensor = images[:70],
+        prefer: tuple[str, ...] = ("shake", "later"),
+        **more: Any,
     ) -> QuantizedModel:
         Shake.done, Shake.stop_at = [], stop_at
         registry = load(("stranger", plugin((Shake, Later))))
         options = {"shake": {"by": by}}
-        wishes = {"prefer": ("shake", "later"), "options": options}
+        wishes = {"prefer": prefer, "options": options}
         plan = qhw.plan(graph, target, calibration=data, registry=registry, **wishes)
         place = tmp_path / folder if isinstance(folder, str) else folder
         return qhw.quantize(graph, plan, calibration=data, registry=registry, work_folder=place, **more)
@@ -173,6 +178,12 @@ def test_layers_of_another_run_are_passed_over(
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert line.endswith(f"is of another run ({name} differs); it is not used, and the work is done anew.")
     assert not (tmp_path / "work").exists()
+
+
+def test_steps_behind_do_not_count(run: Any) -> None:
+    stopped(run, 2)
+    run(prefer=("shake",))
+    assert len(Shake.done) == LAYERS - 2
 
 
 def test_another_number_of_threads_is_another_run(run: Any, caplog: pytest.LogCaptureFixture) -> None:
