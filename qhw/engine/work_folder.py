@@ -98,18 +98,18 @@ class WorkFolder:
         try:
             found, layer = from_bytes(content)
         except ResultError as error:
-            self.pass_over(name, str(error))
+            self._pass_over(name, str(error))
             return None
         wrong = next((key for key in dict.fromkeys((*facts, *found)) if facts.get(key) != found.get(key)), None)
         if wrong is not None:
-            self.pass_over(name, f"is of another run ({wrong} differs)")
+            self._pass_over(name, f"is of another run ({wrong} differs)")
             return None
         self.read += 1
         if self.read == 1:
             _log.info("%s: going on; finished layers are read back.", self.path)
         return layer
 
-    def pass_over(self, name: str, why: str) -> None:
+    def _pass_over(self, name: str, why: str) -> None:
         """Say that a file is not used; once, since the others will be the same."""
         if not self._is_said:
             _log.warning("%s: %s; it is not used, and the work is done anew.", self.path / name, why)
