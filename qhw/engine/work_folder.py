@@ -138,9 +138,9 @@ class WorkFolder:
                 Path(partial).unlink(missing_ok=True)
 
     def _remove_files(self) -> None:
-        with suppress(OSError):
-            for path in self.path.iterdir():
-                if _OURS.fullmatch(path.name):
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if _OURS.fullmatch(path.name):
+                with suppress(OSError):
                     path.unlink()
                     self._is_ours = True
 

@@ -220,6 +220,8 @@ def test_a_damaged_file_and_what_lies_behind_it_are_done_anew(run: Any, tmp_path
     damaged(sorted((tmp_path / "work").iterdir())[index], how)
     assert saved(run(), tmp_path / "resumed") == whole
     assert len(Shake.done) == LAYERS - index
+    left = [path.name for path in (tmp_path / "work").rglob("*")] if how == "folder" else []
+    assert len(left) == (how == "folder")  # a folder is nobody's layer
 
 
 def test_files_of_others_are_left_alone(run: Any, tmp_path: Path) -> None:
