@@ -120,8 +120,8 @@ def trained(name: str) -> Net:
     return model.eval()
 
 
-def quantize(model: Net, data: Tensor | None, **wishes: Any) -> Any:
-    options = {} if data is None else {"adaround": {"iterations": 20}}
+def quantize(model: Net, data: Any, **wishes: Any) -> Any:
+    options: dict[str, Any] = {} if data is None else {"adaround": {"iterations": 20}}
     wishes = {"formats": FORMATS, "options": options, "progress": SilentProgress(), **wishes}
     return qhw.quantize(model, TARGET, example_inputs=noise(2), calibration=data, **wishes)
 
