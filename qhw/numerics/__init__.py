@@ -4,6 +4,7 @@
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
 from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.fma import fma_float32
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
@@ -11,6 +12,7 @@ from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, quantize
 from qhw.numerics.range_loss import cross_entropy_qparams
+from qhw.numerics.requantize import fixed_point_multiplier, rescale_fixed_point, rescale_float32, rescale_shift
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_right
 from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_range_of, running_average
 
@@ -36,6 +38,8 @@ __all__ = [
     "dequantize",
     "expand",
     "fake_quantize",
+    "fixed_point_multiplier",
+    "fma_float32",
     "legal_scale",
     "mse_qparams_from_histogram",
     "mse_qparams_from_tensor",
@@ -44,6 +48,9 @@ __all__ = [
     "qparams_from_range",
     "quantize",
     "range_of",
+    "rescale_fixed_point",
+    "rescale_float32",
+    "rescale_shift",
     "round_real",
     "running_average",
     "scale_candidates",
