@@ -26,6 +26,7 @@ __all__ = [
     "plan",
     "quantize",
     "save",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from qhw.evaluation import evaluate
     from qhw.graph import Graph, capture
     from qhw.schema import TargetSpec
+    from qhw.verification import verify
 
 _PLACES = {
     "Graph": "qhw.graph",
@@ -45,6 +47,7 @@ _PLACES = {
     "TargetSpec": "qhw.schema",
     "capture": "qhw.graph",
     "evaluate": "qhw.evaluation",
+    "verify": "qhw.verification",
     **dict.fromkeys(("export", "load", "load_target", "plan", "quantize", "save"), "qhw.api"),
 }
 

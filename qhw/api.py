@@ -186,6 +186,7 @@ def save(
     folder: str | os.PathLike[str],
     *,
     artefact: bool = True,
+    samples: bool = True,
     evaluate_artefact: Callable[[Path], Any] | None = None,
     registry: Registry | None = None,
 ) -> Path:
@@ -195,6 +196,7 @@ def save(
         result: The quantized model.
         folder: Where. An earlier result there is replaced; a folder with other content is refused.
         artefact: Also export, into `artefacts/`.
+        samples: Also keep the first calibration samples, at most 8, which `verify` runs by default.
         evaluate_artefact: Called with the artefact before the folder is put in place; what it returns is written to
             `evaluation.json`.
         registry: Plugins to use; absent: all that are installed.
@@ -211,7 +213,7 @@ def save(
                 scores = json.dumps(evaluate_artefact(files[0]), indent=1)
                 (inside / "evaluation.json").write_text(scores + "\n", encoding="utf-8")
 
-    return save_result(result, Path(folder), write_more)
+    return save_result(result, Path(folder), write_more, keep_samples=samples)
 
 
 def load(folder: str | os.PathLike[str]) -> QuantizedModel:

@@ -8,6 +8,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "ExportError",
+    "IntegerError",
     "PlanError",
     "PluginError",
     "QhwError",
@@ -47,6 +48,10 @@ class CalibrationError(QhwError):
 
 class ExportError(QhwError):
     """A result cannot be written in the asked form, or an artefact cannot be run."""
+
+
+class IntegerError(QhwError):
+    """A model cannot be computed in integers as its target does: a fact is missing, or a sum may overflow."""
 
 
 class ResultError(QhwError):

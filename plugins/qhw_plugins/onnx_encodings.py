@@ -107,6 +107,12 @@ def quantized(
     return b.op("DequantizeLinear", [codes, *parameters], name)
 
 
+def tensor_of(codes: str) -> str | None:
+    """The quantized tensor, as the plan names it, of a QuantizeLinear's result; None for one that only repeats it."""
+    name = codes.removesuffix("/dequantized/quantize")
+    return None if name == codes else name
+
+
 def _follows_another_pair(b: Builder, x: str, parameters: list[str]) -> bool:
     """Whether x comes from a DequantizeLinear of other parameters with at most data movement between."""
     node = b.dequantized_from(x)

@@ -149,7 +149,7 @@ class Lowering:
         quantizer = self._fake_quantizer(_before_views(node))
         if quantizer is None or all(user.op == "output" or _is_view(user) for user in node.users):
             return value
-        return self._pair(value, quantizer, f"{self._context.name}/dequantized", saturated=True)
+        return self._pair(value, quantizer, f"{self._context.name}/again", saturated=True)
 
     def _pass_through(self, node: fx.Node) -> None:
         """A node that is its input."""

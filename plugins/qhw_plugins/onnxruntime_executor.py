@@ -11,6 +11,7 @@ import numpy as np
 
 from qhw.errors import ExportError
 from qhw.extension import Executor, PluginInfo, hookimpl
+from qhw_plugins.onnx_encodings import tensor_of
 
 __all__ = ["OnnxRuntime", "optimized_operators"]
 
@@ -37,20 +38,32 @@ class OnnxRuntime(Executor):
         Raises:
             ExportError: onnxruntime refuses the file, or later an input.
         """
-        session = _session(artefact)
-        inputs = {value.name: value.type for value in session.get_inputs()}
+        session = _session(str(artefact), str(artefact))
+        return lambda values: _run(session, values, str(artefact))
 
-        def run(values: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-            missing = [name for name in inputs if name not in values]
-            if missing:
-                raise ExportError(f"{artefact}: input '{missing[0]}' is missing. Inputs: {', '.join(inputs)}.")
-            try:
-                found: list[np.ndarray] = session.run(
-                    None, {name: np.ascontiguousarray(values[name]) for name in inputs}
-                )
-            except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
-                raise ExportError(f"{artefact}: onnxruntime fails: {_first_line(error)}") from error
-            return found
+    def load_codes(self, artefact: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+        """A function from inputs by name to the codes behind each QuantizeLinear of the artefact.
+
+        The codes are made outputs of the model. onnxruntime then still computes the operator before them in integers;
+        int8 outputs need the session option that is set here anyway.
+
+        Raises:
+            ExportError: onnxruntime refuses the file, or later an input.
+        """
+        import onnx
+
+        model = onnx.load(artefact)
+        shown = {value.name for value in model.graph.output}
+        made = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        codes = {name: tensor for name in made if (tensor := tensor_of(name)) is not None and name not in shown}
+        known = {value.name: value for value in model.graph.value_info}
+        model.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in codes)
+        session = _session(model.SerializeToString(), str(artefact))
+        first = len(session.get_outputs()) - len(codes)
+
+        def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = _run(session, values, str(artefact))[first:]
+            return dict(zip(codes.values(), found, strict=True))
 
         return run
 
@@ -71,11 +84,22 @@ def optimized_operators(artefact: Path, folder: Path) -> Counter[str]:
     import onnx
 
     optimized = folder / "optimized.onnx"
-    _session(artefact, optimized)
+    _session(str(artefact), str(artefact), optimized)
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
 
 
-def _session(artefact: Path, optimized: Path | None = None) -> Any:
+def _run(session: Any, values: Mapping[str, np.ndarray], where: str) -> list[np.ndarray]:
+    inputs = [value.name for value in session.get_inputs()]
+    missing = [name for name in inputs if name not in values]
+    if missing:
+        raise ExportError(f"{where}: input '{missing[0]}' is missing. Inputs: {', '.join(inputs)}.")
+    try:
+        return session.run(None, {name: np.ascontiguousarray(values[name]) for name in inputs})  # type: ignore[no-any-return]
+    except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
+        raise ExportError(f"{where}: onnxruntime fails: {_first_line(error)}") from error
+
+
+def _session(model: str | bytes, where: str, optimized: Path | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -86,9 +110,9 @@ def _session(artefact: Path, optimized: Path | None = None) -> Any:
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return onnxruntime.InferenceSession(str(artefact), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
-        raise ExportError(f"{artefact}: onnxruntime refuses it: {_first_line(error)}") from error
+        raise ExportError(f"{where}: onnxruntime refuses it: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

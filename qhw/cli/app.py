@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qhw import __version__
-from qhw.cli import plan, plugin, quantize, target
+from qhw.cli import accumulators, plan, plugin, quantize, target, verify
 
 __all__ = ["app"]
 
@@ -22,6 +22,8 @@ app.add_typer(target.app, name="target")
 app.add_typer(plugin.app, name="plugin")
 app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
+app.command("accumulators")(accumulators.accumulators)
 
 
 def _version(asked: bool) -> None:

@@ -46,6 +46,9 @@ TargetOption = Annotated[
 PlanOption = Annotated[
     Path | None, typer.Option("--plan", help="Replay this plan (qhw plan --out) instead of a new one.")
 ]
+SamplesOption = Annotated[
+    bool, typer.Option("--samples/--no-samples", help="Keep 8 calibration samples in the result, for 'qhw verify'.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="For algorithms that draw random numbers.")]
 
 
@@ -58,6 +61,7 @@ def quantize(
     metric: MetricOption = None,
     plan: PlanOption = None,
     seed: SeedOption = 0,
+    samples: SamplesOption = True,
     pipeline: Pipeline = None,
     prefer: Prefer = None,
     without: Without = None,
@@ -102,7 +106,7 @@ def quantize(
 
     with _keeping(out) as folder:
         result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed, work_folder=folder)
-        qhw.save(result, out, evaluate_artefact=measure)
+        qhw.save(result, out, samples=samples, evaluate_artefact=measure)
     _report(graph, result, out, scores, as_json)
 
 

@@ -20,6 +20,7 @@ from qhw.errors import CalibrationError, QhwError
 from qhw.graph import Graph
 
 __all__ = [
+    "FIRST_SAMPLES",
     "MICRO_BATCH",
     "Calibration",
     "CalibrationData",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 MICRO_BATCH = 32
+FIRST_SAMPLES = 8  # of the calibration data that a result keeps, to verify it with
 
 CalibrationData = Tensor | np.ndarray | Mapping[str, Any] | Iterable[Any]
 """Batches of a tensor, a tuple of inputs, or a dict by input name; or one tensor or dict that holds all samples."""
@@ -61,6 +63,12 @@ class Calibration:
         self._num_samples: int | None = None
         self._digest: str | None = None
         self._is_label_said = False
+        self._first: dict[str, Tensor] = {}
+
+    @property
+    def first_samples(self) -> dict[str, Tensor]:
+        """The first samples by input name, at most FIRST_SAMPLES; empty before the first pass."""
+        return dict(self._first)
 
     @property
     def graph(self) -> Graph:
@@ -86,6 +94,9 @@ class Calibration:
         digest = hashlib.sha256() if self._digest is None else None
         count = 0
         for batch in self._micro_batches():
+            if not count and not self._first:
+                firsts = zip(self._inputs, batch, strict=True)
+                self._first = {name: t[:FIRST_SAMPLES].contiguous().clone() for name, t in firsts}
             count += batch[0].shape[0]
             if digest is not None:
                 for tensor in batch:

@@ -32,16 +32,24 @@ __all__ = ["is_result_folder", "load_result", "save_result", "why_not_written", 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _RESTORE = "Restore the file, or quantize again."
+_SAMPLES = "samples.safetensors"
 _FILES = ("target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json")
 
 
-def save_result(result: QuantizedModel, folder: Path, write_more: Callable[[Path], Any] | None = None) -> Path:
+def save_result(
+    result: QuantizedModel,
+    folder: Path,
+    write_more: Callable[[Path], Any] | None = None,
+    *,
+    keep_samples: bool = True,
+) -> Path:
     """Write a result folder.
 
     Args:
         result: The quantized model.
         folder: Where. A result folder that stands there is replaced; any other content is left alone and refused.
         write_more: Called with the unfinished folder, to add `artefacts/` and the like.
+        keep_samples: Whether the few calibration samples that the result holds are written, too.
 
     Raises:
         ResultError: the place is taken or cannot be written.
@@ -55,6 +63,8 @@ def save_result(result: QuantizedModel, folder: Path, write_more: Callable[[Path
         _write(inside / "tensors.safetensors", tensors_as_bytes(tensors))
         reports = [report.model_dump(mode="json") for report in result.steps]
         _write(inside / "steps.json", _json({"steps": reports, "encodings": headers}))
+        if keep_samples and result.samples:
+            _write(inside / _SAMPLES, tensors_as_bytes({n: t.contiguous() for n, t in result.samples.items()}))
         if write_more is not None:
             write_more(inside)
         _write(inside / MANIFEST, _json(_manifest(result, inside)))
@@ -68,10 +78,10 @@ def load_result(folder: Path) -> QuantizedModel:
         ResultError: it is no result folder, a file is missing or was changed, or does not fit the others.
     """
     manifest = _read_manifest(folder)
-    for name in _FILES:
+    for name in (*_FILES, *((_SAMPLES,) if _SAMPLES in manifest["files"] else ())):
         _check_hash(folder / name, manifest["files"].get(name))
     try:
-        return _read_result(folder, manifest.get("provenance", {}))
+        return _read_result(folder, manifest.get("provenance", {}), _SAMPLES in manifest["files"])
     except ResultError:
         raise
     except QhwError as error:  # of the target, the plan, the graph or the scales; says which file
@@ -82,7 +92,7 @@ def load_result(folder: Path) -> QuantizedModel:
         raise ResultError(f"{folder}: cannot be read: {type(error).__name__}: {what}. Quantize again.") from error
 
 
-def _read_result(folder: Path, provenance: Any) -> QuantizedModel:
+def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedModel:
     target, plan = _read_target(folder / "target.json"), _read_plan(folder / "plan.json")
     if (target.name, target_fingerprint(target)) != (plan.target, plan.target_fingerprint):
         raise ResultError(f"{folder}: target.json and plan.json do not belong together. Quantize again.")
@@ -95,7 +105,8 @@ def _read_result(folder: Path, provenance: Any) -> QuantizedModel:
         group: QParams.from_dict(_group_tensors(tensors, group), header) for group, header in steps["encodings"].items()
     }
     reports = tuple(StepReport.model_validate_json(json.dumps(report)) for report in steps["steps"])
-    return QuantizedModel(graph, plan, target, qparams, reports, provenance)
+    samples = _load_tensors(folder / _SAMPLES) if has_samples else {}
+    return QuantizedModel(graph, plan, target, qparams, reports, provenance, samples)
 
 
 def _read_target(path: Path) -> TargetSpec:

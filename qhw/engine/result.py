@@ -30,12 +30,14 @@ class QuantizedModel(nn.Module):
         qparams: Group of points -> its scale and zero point; all groups of the plan.
         steps: What each step reported.
         provenance: Facts for the manifest.
+        samples: A few calibration samples by input name, to verify the result with.
 
     Attributes:
         plan: The decisions.
         target: The resolved target.
         steps: What each step reported.
         provenance: Facts for the manifest: data digest, seed, versions.
+        samples: A few calibration samples by input name; empty without data.
 
     Raises:
         ResultError: a group has no qparams.
@@ -49,12 +51,14 @@ class QuantizedModel(nn.Module):
         qparams: Mapping[str, QParams],
         steps: tuple[StepReport, ...] = (),
         provenance: Mapping[str, Any] | None = None,
+        samples: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
         self.target = target
         self.steps = steps
         self.provenance = dict(provenance or {})
+        self.samples = dict(samples or {})
         missing = [point.group for point in plan.points if point.group not in qparams]
         if missing:
             raise ResultError(f"result: no scale for '{missing[0]}'. Quantize again.")

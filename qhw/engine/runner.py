@@ -80,7 +80,9 @@ def run(
     _check_folded(work)
     _check_complete(work)
     work.qparams.update(bias_qparams(work))
-    result = QuantizedModel(work.graph, plan, target, work.qparams, reports, _provenance(calibration, seed))
+    samples = calibration.first_samples if calibration is not None else {}
+    provenance = _provenance(calibration, seed)
+    result = QuantizedModel(work.graph, plan, target, work.qparams, reports, provenance, samples)
     registry.quantized(result, plan, reports)
     return result
 

@@ -159,6 +159,16 @@ class Executor(ABC):
             ExportError: the runtime refuses the artefact.
         """
 
+    def load_codes(self, artefact: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None:
+        """A function from inputs by name to the integer codes of quantized tensors, by their names in the plan.
+
+        None where the runtime does not show them. What it computes must be what `load` computes.
+
+        Raises:
+            ExportError: the runtime refuses the artefact.
+        """
+        return None
+
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Name and version of everything that decides the figures: the runtime, its libraries, CPU features used."""

@@ -30,6 +30,7 @@ ORDER = (
     "integer",
     "api",
     "evaluation",
+    "verification",
     "qhw",
     "testing",
     "cli",

@@ -150,7 +150,8 @@ def test_quantize_writes_a_result_that_loads(qhw_run: Run, folder: Path) -> None
     assert ran.status == 0, ran.err
     written = {path.name for path in (folder / "out/net").iterdir()}
     assert written == {
-        "manifest.json", "target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json",
+        "manifest.json", "target.json", "plan.json", "graph.json", "tensors.safetensors", "samples.safetensors",
+        "steps.json",
         "evaluation.json", "artefacts",
     }  # fmt: skip
     assert qhw.load(folder / "out/net").plan.target == "acme/tiny"

@@ -20,7 +20,15 @@ from qhw.engine import QuantizedModel, is_result_folder, load_result, save_resul
 from qhw.errors import ExportError, ResultError
 
 ROOT = Path(__file__).parents[3]
-FILES = ("target.json", "plan.json", "graph.json", "tensors.safetensors", "steps.json", "manifest.json")
+FILES = (
+    "target.json",
+    "plan.json",
+    "graph.json",
+    "tensors.safetensors",
+    "samples.safetensors",
+    "steps.json",
+    "manifest.json",
+)
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the accumulator to the output code, as the target says: built once per operator, then run on tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qhw.errors import IntegerError
+from qhw.integer.site import Site, unknown
+from qhw.numerics import (
+    ROUNDING_RULES,
+    QParams,
+    Rounding,
+    fixed_point_multiplier,
+    rescale_fixed_point,
+    rescale_float32,
+    rescale_shift,
+)
+from qhw.schema import Requantize
+
+__all__ = ["Rescaler", "clamped", "code_bounds", "rescaler", "rounding_of"]
+
+Rescaler = Callable[[Tensor], Tensor]
+"""Accumulator [*shape], whole numbers in float32, float64 or int64 -> codes before the clamp, whole numbers."""
+
+_BITS = 31  # of a multiplier, where the target leaves it open
+
+
+def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int) -> Rescaler:
+    """The requantization of one operator.
+
+    Args:
+        site: The operator.
+        ratio: In the dtype asked for: what one unit of the accumulator is in units of the output scale; shaped to
+            broadcast against the accumulator. A float32 ratio is rounded after every operation, in the target's order.
+        zero_point: Of the output.
+
+    Raises:
+        IntegerError: the target leaves a field open that decides, or asks for arithmetic that qhw does not have.
+    """
+    path, rule = site.requantize
+    kind = _stated(f"{path}.kind", rule.kind)
+    if rule.stages is not None and rule.stages != "unknown":
+        raise IntegerError(f"{path}.stages cannot be executed yet")
+    before = site.spec.rounding_order == "zero_point_before"
+    if kind == "float32":
+        return _float32(ratio(torch.float32), _rounding(site, path, rule), zero_point, before)
+    if before:
+        raise IntegerError(f'{site.path}.rounding_order = "zero_point_before" needs requantize kind float32')
+    if kind == "fixed_point":
+        return _fixed_point(site, path, rule, ratio(torch.float64), zero_point)
+    if kind == "shift":
+        return _shift(path, ratio(torch.float64), _rounding(site, path, rule), zero_point)
+    raise IntegerError(f'{path}.kind = "{kind}" cannot be executed yet')
+
+
+def rounding_of(site: Site) -> Rounding:
+    """The named rounding rule of an operator's requantization.
+
+    Raises:
+        IntegerError: the target does not say, or the rule is none for a single rounding.
+    """
+    path, rule = site.requantize
+    return _rounding(site, path, rule)
+
+
+def _rounding(site: Site, path: str, rule: Requantize) -> Rounding:
+    own = site.spec.rounding
+    where, found = (f"{site.path}.rounding", own) if own is not None else (f"{path}.rounding", rule.rounding)
+    _stated(where, found)
+    if found not in ROUNDING_RULES:
+        raise IntegerError(f'{where} = "{found}" names no single rounding')
+    return found  # type: ignore[return-value]
+
+
+def _stated(path: str, value: object) -> object:
+    if value is None or value == "unknown":
+        raise unknown(path, value)
+    return value
+
+
+def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -> Rescaler:
+    if before:
+
+        def added(acc: Tensor) -> Tensor:
+            # The product is rounded, then the sum, then the result to a whole number.
+            return (acc.float() * ratio + float(zero_point)).round_()
+
+        if rounding != "half_even":
+            raise IntegerError("a zero point that is added before rounding needs half_even")
+        return added
+    if rounding == "half_even":
+        return lambda acc: (acc.float() * ratio).round_().add_(float(zero_point))
+    return lambda acc: rescale_float32(acc, ratio, rounding=rounding).float().add_(float(zero_point))
+
+
+def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_point: int) -> Rescaler:
+    rounding = rule.rounding if rule.rounding == "double" else _rounding(site, path, rule)
+    bits = rule.multiplier_bits if isinstance(rule.multiplier_bits, int) else None
+    if bits is None:
+        raise unknown(f"{path}.multiplier_bits", rule.multiplier_bits)
+    low, high = -(_BITS - 1), _BITS
+    shift = rule.shift
+    if shift is None or isinstance(shift, str):
+        raise unknown(f"{path}.shift", shift)
+    low = shift.min if isinstance(shift.min, int) else low
+    high = shift.max if isinstance(shift.max, int) else high
+    out_of_range = rule.out_of_range if rule.out_of_range in ("saturate", "zero_scale", "refuse") else "refuse"
+    multiplier, right = fixed_point_multiplier(
+        ratio, bits=bits, shift_min=low, shift_max=high, out_of_range=out_of_range
+    )
+    return lambda acc: rescale_fixed_point(acc.long(), multiplier, right, bits=bits, rounding=rounding) + zero_point
+
+
+def _shift(path: str, ratio: Tensor, rounding: Rounding, zero_point: int) -> Rescaler:
+    mantissa, exponent = torch.frexp(ratio)
+    if not bool((mantissa == 0.5).all()):
+        bad = float(ratio.flatten()[(mantissa != 0.5).flatten()][0])
+        raise IntegerError(f'{path}.kind = "shift" needs a ratio of scales that is a power of two; got {bad:.6g}')
+    right = (1 - exponent).long()
+    return lambda acc: rescale_shift(acc.long(), right, rounding=rounding) + zero_point
+
+
+def code_bounds(site: Site) -> tuple[int, int]:
+    """Lowest and highest code of the result, behind the clips that are computed along.
+
+    A bound becomes a code as quantization has it: round(bound / scale) + zero point.
+
+    Raises:
+        IntegerError: something else than a clip is computed along.
+    """
+    assert site.output is not None
+    low, high = site.output.quant_min, site.output.quant_max
+    for member in site.members[1:]:
+        if member.kind == "Dropout":
+            continue
+        if member.kind not in ("Relu", "Clip"):
+            raise IntegerError(f"{member.kind} behind {site.operator.kind} cannot be executed exactly yet")
+        facts = member.attributes
+        low, high = _narrowed(site.output, facts.get("minimum"), facts.get("maximum"), low, high)
+    return low, high
+
+
+def _narrowed(qparams: QParams, minimum: float | None, maximum: float | None, low: int, high: int) -> tuple[int, int]:
+    def code(bound: float) -> int:
+        scaled = torch.tensor(bound, dtype=torch.float32) / qparams.scale
+        return int(scaled.round().clamp(-(2.0**40), 2.0**40)) + int(qparams.zero_point)
+
+    if minimum is not None:
+        low = min(max(low, code(minimum)), high)
+    if maximum is not None:
+        high = max(min(high, code(maximum)), low)
+    return low, high
+
+
+def clamped(values: Tensor, bounds: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Codes within bounds, in the dtype that carries them."""
+    return values.clamp_(*bounds).to(dtype)

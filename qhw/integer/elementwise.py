@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums and products of two activations, element by element."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qhw.errors import IntegerError
+from qhw.integer.arithmetic import Rescaler, clamped, code_bounds, rescaler, rounding_of
+from qhw.integer.codes import carrier
+from qhw.integer.products import Lowered
+from qhw.integer.site import Site, unknown
+from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, rescale_fixed_point, round_real
+
+__all__ = ["lower_add", "lower_mul"]
+
+
+def lower_add(site: Site) -> Lowered:
+    """Add or Sub.
+
+    float32, zero point before rounding (as onnxruntime on x86):
+        round(fma(A, sa/sy, fma(B, sb/sy, zy - fma(sa/sy, za, sb/sy zb))))
+    float32, after:  round((A - za) sa/sy + (B - zb) sb/sy) + zy
+    fixed point with a pre-shift of n bits (as LiteRT):  with t = 2 max(sa, sb),
+        rescale(rescale((A - za) 2^n, sa/t) + rescale((B - zb) 2^n, sb/t), t / (2^n sy)) + zy
+
+    Raises:
+        IntegerError: the target leaves open what decides.
+    """
+    a, b, out = _operands(site)
+    path, rule = site.requantize
+    limits, kept = code_bounds(site), carrier(out)
+    sign = -1 if site.operator.kind == "Sub" else 1
+    if rule.kind == "float32":
+        return _float32_add(site, a, b, out, sign)
+    if rule.kind == "fixed_point":
+        add = _fixed_point_add(site, a, b, out, sign)
+        return Lowered(lambda values: clamped(add(values), limits, kept))
+    if rule.kind is None or rule.kind == "unknown":
+        raise unknown(f"{path}.kind", rule.kind)
+    raise IntegerError(f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind} yet')
+
+
+def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> Lowered:
+    first, second = a.scale / out.scale, sign * b.scale / out.scale
+    za, zb, zy = (q.zero_point.float() for q in (a, b, out))
+    rounding, limits, kept = rounding_of(site), code_bounds(site), carrier(out)
+    if site.spec.rounding_order == "zero_point_before":
+        constant = zy - fma_float32(first, za, second * zb)
+
+        def before(values: Sequence[Tensor]) -> Tensor:
+            inner = fma_float32(values[1].float(), second, constant)
+            return clamped(round_real(fma_float32(values[0].float(), first, inner), rounding), limits, kept)
+
+        return Lowered(before)
+
+    def after(values: Sequence[Tensor]) -> Tensor:
+        total = (values[0].float() - za) * first + (values[1].float() - zb) * second
+        return clamped(round_real(total, rounding) + zy, limits, kept)
+
+    return Lowered(after)
+
+
+def _fixed_point_add(
+    site: Site, a: QParams, b: QParams, out: QParams, sign: int
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    path, rule = site.requantize
+    table = site.spec.preshift_bits
+    where = f"{site.path}.preshift_bits"
+    if not isinstance(table, dict):
+        raise unknown(where, table)
+    formats = site.kernel.input if site.kernel is not None and isinstance(site.kernel.input, tuple) else ()
+    bits = next((n for name, n in table.items() if name in formats), None)
+    if not isinstance(bits, int):
+        raise unknown(where, bits)
+    twice = 2 * torch.maximum(a.scale, b.scale).double()
+    rounding = "double" if rule.rounding == "double" else rounding_of(site)
+    width = rule.multiplier_bits
+    if not isinstance(width, int):
+        raise unknown(f"{path}.multiplier_bits", width)
+
+    def scaled(ratio: Tensor) -> Rescaler:
+        multiplier, shift = fixed_point_multiplier(ratio, bits=width)
+        return lambda acc: rescale_fixed_point(acc, multiplier, shift, bits=width, rounding=rounding)
+
+    first, second = scaled(a.scale.double() / twice), scaled(b.scale.double() / twice)
+    last = scaled(twice / (2**bits * out.scale.double()))
+    za, zb, zy = (int(q.zero_point) for q in (a, b, out))
+
+    def add(values: Sequence[Tensor]) -> Tensor:
+        left = first((values[0].long() - za) << bits)
+        right = second((values[1].long() - zb) << bits)
+        return last(left + sign * right) + zy
+
+    return add
+
+
+def lower_mul(site: Site) -> Lowered:
+    """Mul: the product of centred codes is the accumulator.
+
+    Raises:
+        IntegerError: the target leaves open what decides.
+    """
+    a, b, out = _operands(site)
+    zeros = a.zero_point, b.zero_point
+
+    def accumulate(values: Sequence[Tensor]) -> Tensor:
+        x, y = (v.long() - z for v, z in zip(values, zeros, strict=True))
+        return x * y
+
+    rescale = rescaler(site, lambda kind: a.scale.to(kind) * b.scale.to(kind) / out.scale.to(kind), int(out.zero_point))
+    limits, kept = code_bounds(site), carrier(out)
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+
+
+def _operands(site: Site) -> tuple[QParams, QParams, QParams]:
+    if len(site.inputs) != 2 or site.weight is not None:
+        raise IntegerError(f"{site.operator.kind} with a constant cannot be executed exactly yet")
+    if site.output is None:
+        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
+    return site.inputs[0], site.inputs[1], site.output

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a quantized model to integer operators: each kind's form, and what stands against it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from qhw.engine import QuantizedModel
+from qhw.errors import IntegerError
+from qhw.graph import MOVEMENT_KINDS
+from qhw.integer.elementwise import lower_add, lower_mul
+from qhw.integer.movement import lower_concat, lower_movement
+from qhw.integer.pooling import lower_average, lower_maximum
+from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
+from qhw.integer.site import Site, sites
+from qhw.integer.tables import lower_clip, lower_table
+
+__all__ = ["Obstacle", "lower"]
+
+_FORMS: Mapping[str, Callable[[Site], Lowered]] = {
+    **dict.fromkeys(PRODUCT_KINDS, lower_product),
+    "MatMul": lower_matmul,
+    **dict.fromkeys(("Add", "Sub"), lower_add),
+    "Mul": lower_mul,
+    "Concat": lower_concat,
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"), lower_average),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"), lower_maximum),
+    **dict.fromkeys(("Relu", "Clip"), lower_clip),
+    **dict.fromkeys(
+        ("Sigmoid", "Tanh", "LeakyRelu", "Elu", "HardSigmoid", "HardSwish", "Silu", "Mish", "Softplus", "Gelu",
+         "Exp", "Sqrt", "Rsqrt", "Log", "Abs", "Neg"),
+        lower_table,
+    ),
+    **dict.fromkeys(MOVEMENT_KINDS, lower_movement),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """An operator that cannot be executed exactly, and why: a field of the target, or a limit of qhw."""
+
+    operator: str
+    reason: str
+
+
+def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tuple[Obstacle, ...]]:
+    """Every operator that the accelerator runs, in integers.
+
+    Args:
+        result: The quantized model.
+
+    Returns:
+        tuple: operator -> its site and form, in execution order; and the operators that have none.
+    """
+    found: dict[str, tuple[Site, Lowered]] = {}
+    obstacles: list[Obstacle] = []
+    for site in sites(result):
+        try:
+            form = _FORMS.get(site.operator.kind)
+            if form is None:
+                raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")
+            found[site.name] = site, form(site)
+        except IntegerError as error:
+            obstacles.append(Obstacle(site.name, str(error)))
+    return found, tuple(obstacles)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a quantized model in integers, as its target computes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from qhw.engine import QuantizedModel
+from qhw.errors import IntegerError
+from qhw.graph import Operator
+from qhw.integer.codes import Codes, carrier
+from qhw.integer.exact import exact_settings
+from qhw.integer.lower import Obstacle, lower
+from qhw.integer.movement import regridded
+from qhw.integer.products import Lowered
+from qhw.integer.site import PointIndex, Site
+from qhw.numerics import quantize
+
+__all__ = ["IntegerModel"]
+
+Watch = Callable[[str, Codes], None]
+
+
+class IntegerModel:
+    """A quantized model lowered to integers: what the chip computes, bit for bit as far as its target says.
+
+    Operators of the host run in float32 between dequantized inputs and quantized outputs, as they would there.
+
+    Args:
+        result: The quantized model; its weights are read once, now.
+
+    Attributes:
+        sites: Operator -> what decides its result.
+
+    Raises:
+        IntegerError: an operator has no exact form; names the fields of the target that are missing.
+    """
+
+    def __init__(self, result: QuantizedModel) -> None:
+        lowered, obstacles = lower(result)
+        if obstacles:
+            raise IntegerError(_words(result, obstacles))
+        self.sites: Mapping[str, Site] = {name: site for name, (site, _) in lowered.items()}
+        self._forms: Mapping[str, Lowered] = {name: form for name, (_, form) in lowered.items()}
+        self._graph = result.float_graph.copy()
+        self._operators = {operator.node: operator for operator in self._graph.operators}
+        self._by_name = {operator.name: operator for operator in self._graph.operators}
+        self._anchor = {m.name: site.name for site in self.sites.values() for m in site.members[1:]}
+        self._points = PointIndex(result.plan)
+        self._qparams = result.encodings()
+        *self._nodes, self._output = list(self._graph.module.graph.nodes)
+        self._last_use = _last_uses([*self._nodes, self._output])
+        self.input_names = result.input_names
+
+    def __call__(self, *inputs: Tensor, watch: Watch | None = None) -> Any:
+        """The model's outputs, dequantized to float32.
+
+        Args:
+            inputs: float32, in the order of `input_names`.
+            watch: Called with each quantized value as it is made: name of the tensor in the plan, and its codes.
+        """
+        with exact_settings():
+            return self._run(inputs, watch or (lambda name, codes: None))
+
+    def codes(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Integer codes of every quantized tensor, by its name in the plan, in execution order."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, codes: Codes) -> None:
+            found.setdefault(name, codes.integers())
+
+        self(*inputs, watch=keep)
+        return found
+
+    def accumulators(self, operator: str, *operands: Tensor) -> Tensor:
+        """Accumulators of one operator before requantization, int64.
+
+        Args:
+            operator: Its name.
+            operands: Integer codes of its operands.
+
+        Raises:
+            IntegerError: it has none.
+        """
+        form = self._forms.get(operator)
+        if form is None or form.accumulate is None:
+            raise IntegerError(f"{operator}: sums no products on the accelerator.")
+        site = self.sites[operator]
+        with exact_settings():
+            carried = [x.to(carrier(q)) for x, q in zip(operands, site.inputs, strict=True)]
+            return form.accumulate(carried).round().long()
+
+    def _run(self, inputs: tuple[Tensor, ...], watch: Watch) -> Any:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for index, node in enumerate(self._nodes):
+            if node.op == "get_attr":
+                values[node] = self._graph.tensor(str(node.target))
+            elif node.op == "placeholder":
+                values[node] = next(given)
+            else:
+                values[node] = self._value(node, values, watch)
+            for source in [n for n in (*node.all_input_nodes, node) if self._last_use.get(n, index) <= index]:
+                if source.op != "get_attr":
+                    values.pop(source, None)
+        return fx.map_arg(self._output.args[0], lambda n: _real(values[n]))
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], watch: Watch) -> Any:
+        operator = self._operators.get(node.name)
+        if operator is None:  # arithmetic of shapes, constants
+            return self._call(node, values, _bare)
+        if operator.name in self._anchor:
+            return values[self._node_of(operator.inputs[0])]
+        if operator.name in self.sites:
+            return self._integer(operator, values, watch)
+        source = values[node.all_input_nodes[0]]
+        if operator.is_view and isinstance(source, Codes):
+            moved = self._call(node, values, _bare)
+            return tuple(Codes(part, source.qparams) for part in moved) if isinstance(moved, tuple | list) else Codes(
+                moved, source.qparams
+            )  # fmt: skip
+        if operator.is_view and isinstance(source, tuple | list):
+            return self._call(node, values, lambda value: value)
+        return self._call(node, values, _real)
+
+    def _integer(self, operator: Operator, values: dict[fx.Node, Any], watch: Watch) -> Any:
+        site, form = self.sites[operator.name], self._forms[operator.name]
+        operands = [
+            self._operand(site, index, name, values, watch).values for index, name in enumerate(operator.inputs)
+        ]
+        found = form.run(operands)
+        if site.output is None:
+            return found if operator.kind not in _MOVERS else Codes(found, site.inputs[0])
+        codes = Codes(found, site.output)
+        watch(site.members[-1].name, codes)
+        return codes
+
+    def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch) -> Codes:
+        value = values[self._node_of(name)]
+        edge = self._points.edge(site.name, index)
+        if isinstance(value, Codes):
+            if edge is None:
+                return value
+            wanted = self._qparams[edge.group]
+            return Codes(regridded(site, value.qparams, wanted)(value.values), wanted)
+        point = edge or self._points.source(self._graph, name)
+        if point is None:
+            raise IntegerError(f"{site.name}: operand '{name}' has no grid. Plan again.")
+        qparams = self._qparams[point.group]
+        codes = Codes(quantize(value, qparams, name=name).to(carrier(qparams)), qparams)
+        watch(point.tensor, codes)
+        return codes
+
+    def _node_of(self, name: str) -> fx.Node:
+        return self._graph.node(name)
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any], read: Callable[[Any], Any]) -> Any:
+        args: Any = fx.map_arg(node.args, lambda n: read(values[n]))
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: read(values[n]))
+        if node.op == "call_module":
+            return self._graph.module.get_submodule(str(node.target))(*args, **kwargs)
+        target: Any = node.target
+        return target(*args, **kwargs)
+
+
+_MOVERS = frozenset({"Transpose", "Slice", "Gather", "Pad", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"})
+
+
+def _bare(value: Any) -> Any:
+    return value.values if isinstance(value, Codes) else value
+
+
+def _real(value: Any) -> Any:
+    return value.reals() if isinstance(value, Codes) else value
+
+
+def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    return {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
+
+
+def _words(result: QuantizedModel, obstacles: tuple[Obstacle, ...]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for obstacle in obstacles:
+        by_reason.setdefault(obstacle.reason, []).append(obstacle.operator)
+    parts = [
+        f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
+        for reason, names in by_reason.items()
+    ]
+    return (
+        f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. State the fields in the "
+        "target, or keep these operators in float with --keep-float."
+    )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages and maxima: over windows, over the image, over axes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhw.errors import IntegerError
+from qhw.integer.arithmetic import clamped, code_bounds, rescaler, rounding_of
+from qhw.integer.codes import carrier
+from qhw.integer.exact import exact_dtype
+from qhw.integer.products import Lowered
+from qhw.integer.site import Site
+from qhw.numerics import QParams, Rounding
+
+__all__ = ["lower_average", "lower_maximum"]
+
+
+def lower_maximum(site: Site) -> Lowered:
+    """MaxPool, ReduceMax, ReduceMin: codes in the order of their reals; input and output on one grid.
+
+    Raises:
+        IntegerError: the grids differ.
+    """
+    if not _is_same(site):
+        raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
+    limits = code_bounds(site)
+    function = _call(site)
+    return Lowered(lambda values: function(values[0]).clamp(*limits))
+
+
+def lower_average(site: Site) -> Lowered:
+    """AveragePool, GlobalAveragePool, ReduceMean, ReduceSum: the sum of centred codes is the accumulator.
+
+    On one grid the sum is divided by the count; else the scales and the count make one multiplier. Zeros that a window
+    pads with are codes of 0.0.
+
+    Raises:
+        IntegerError: the target leaves open what decides, or windows at the border have other counts.
+    """
+    if site.output is None:
+        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
+    x, out = site.inputs[0], site.output
+    count, total = _sum_of(site)
+    reach = max(x.quant_max - int(x.zero_point), int(x.zero_point) - x.quant_min) * max(count, 1) * 2
+    dtype = exact_dtype(reach)
+    zero, limits, kept = x.zero_point.to(dtype), code_bounds(site), carrier(out)
+
+    def accumulate(values: Sequence[Tensor]) -> Tensor:
+        return total(values[0].to(dtype) - zero)
+
+    divisor = 1 if site.operator.kind == "ReduceSum" else count
+    if _is_same(site) and site.operator.kind != "ReduceSum":
+        # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
+        before = site.spec.rounding_order == "zero_point_before"
+        offset, rule = (int(x.zero_point) if before else 0), rounding_of(site)
+        rest = int(x.zero_point) - offset
+
+        def divided(values: Sequence[Tensor]) -> Tensor:
+            codes = divide(accumulate(values).long() + offset * divisor, divisor, rule) + rest
+            return clamped(codes, limits, kept)
+
+        return Lowered(divided, accumulate)
+
+    def ratio(kind: torch.dtype) -> Tensor:
+        return x.scale.to(kind) / (out.scale.to(kind) * divisor)
+
+    rescale = rescaler(site, ratio, int(out.zero_point))
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+
+
+def divide(total: Tensor, count: int, rule: Rounding) -> Tensor:
+    """round(total / count) by a named rule, exact: int64 [*shape] -> int64 [*shape]; count > 0."""
+    floor = torch.div(total, count, rounding_mode="floor")
+    twice = 2 * (total - floor * count)
+    if rule == "floor":
+        return floor
+    if rule == "toward_zero":
+        return floor + ((total < 0) & (twice > 0)).long()
+    if rule == "half_to_plus_infinity":
+        return floor + (twice >= count).long()
+    is_tie_up = floor % 2 == 1 if rule == "half_even" else total >= 0
+    return floor + ((twice > count) | ((twice == count) & is_tie_up)).long()
+
+
+def _is_same(site: Site) -> bool:
+    return site.output is not None and _grid(site.inputs[0]) == _grid(site.output)
+
+
+def _grid(q: QParams) -> tuple[float, int, int, int]:
+    return float(q.scale), int(q.zero_point), q.quant_min, q.quant_max
+
+
+def _call(site: Site) -> Callable[[Tensor], Tensor]:
+    target: Any = site.node.target
+    rest, kwargs = list(site.node.args[1:]), dict(site.node.kwargs)
+    return lambda x: target(x, *rest, **kwargs)
+
+
+def _sum_of(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many elements each output sums, and the sum."""
+    operator, facts = site.operator, site.operator.attributes
+    if operator.kind == "AveragePool":
+        return _window_sum(site)
+    axes = facts.get("axes")
+    spatial = len(facts.get("kernel", ()))
+    shape = _input_shape(site)
+    if axes is None:
+        axes = list(range(len(shape) - spatial, len(shape)))
+    axes = [axis % len(shape) for axis in axes]
+    count = 1
+    for axis in axes:
+        count *= shape[axis]
+    keep = bool(facts.get("keepdim", False))
+    return count, lambda x: x.sum(axes, keepdim=keep)
+
+
+def _window_sum(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
+    facts = site.operator.attributes
+    kernel, stride, padding = facts["kernel"], facts["stride"], facts["padding"]
+    counts_padding = facts.get("count_include_pad", True) or not any(padding)
+    if facts.get("ceil_mode") or facts.get("divisor_override") or not counts_padding:
+        raise IntegerError("windows whose counts differ cannot be executed exactly yet")
+    dims = len(kernel)
+    count = 1
+    for size in kernel:
+        count *= size
+    pool: Any = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[dims - 1]
+
+    def total(x: Tensor) -> Tensor:
+        channels = x.shape[-dims - 1]
+        ones = x.new_ones((channels, 1, *kernel))
+        return pool(x, ones, None, stride, padding, 1, channels)  # type: ignore[no-any-return]
+
+    return count, total
+
+
+def _input_shape(site: Site) -> tuple[int, ...]:
+    return tuple(site.node.all_input_nodes[0].meta["shape"])

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of products: convolutions of every form, linear operators, products of two activations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qhw.engine import MatrixForm
+from qhw.errors import IntegerError
+from qhw.integer.accumulate import Bounds, fits
+from qhw.integer.arithmetic import clamped, code_bounds, rescaler
+from qhw.integer.codes import carrier
+from qhw.integer.exact import exact_dtype
+from qhw.integer.site import Site
+from qhw.numerics import PerTensor, QParams, accumulator_bounds
+
+__all__ = [
+    "PRODUCT_KINDS",
+    "Lowered",
+    "centred_weight",
+    "lower_matmul",
+    "lower_product",
+    "product_bounds",
+    "product_of",
+]
+
+PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
+
+Run = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An operator in integers.
+
+    Attributes:
+        run: Codes of the operands, as carried -> codes of the result, as carried; reals where `output` is None.
+        accumulate: Codes of the operands -> accumulators before requantization; None where there is none.
+    """
+
+    run: Run
+    accumulate: Run | None = None
+
+
+def weight_rows(site: Site) -> tuple[MatrixForm, Tensor]:
+    """Weight codes minus zero point, int64 [out_channels, inputs of an output]."""
+    assert site.weight is not None
+    form = MatrixForm(site.operator, tuple(site.weight.codes.shape))
+    return form, form.weight_rows(centred_weight(site)).flatten(0, 1)
+
+
+def product_bounds(site: Site) -> Bounds:
+    """What the accumulators of an operator with weights can reach, per output channel, exact for what is stored.
+
+    A transposed convolution spreads its taps over neighbouring outputs: there the bound is safe, not tight.
+    """
+    _, rows = weight_rows(site)
+    x = site.inputs[0]
+    lowest, highest = accumulator_bounds(
+        rows,
+        input_quant_min=x.quant_min,
+        input_quant_max=x.quant_max,
+        input_zero_point=int(x.zero_point),
+        bias_q=None if site.bias is None else site.bias.codes,
+    )
+    return Bounds(lowest, highest)
+
+
+def lower_product(site: Site) -> Lowered:
+    """A Conv, DepthwiseConv, ConvTranspose or Gemm.
+
+    Raises:
+        IntegerError: the target leaves open what decides, or the sum may overflow.
+    """
+    assert site.weight is not None
+    x = site.inputs[0]
+    bounds = product_bounds(site)
+    fits(site, bounds)
+    if site.bias is not None:
+        _check_bias(site)
+    dtype = exact_dtype(bounds.largest)
+    weight = centred_weight(site).to(dtype)
+    shape = _output_shape(site)
+    bias = None if site.bias is None else site.bias.codes.to(dtype).reshape(shape)
+    product = product_of(site)
+    zero_point = x.zero_point.to(dtype)
+
+    def accumulate(values: Sequence[Tensor]) -> Tensor:
+        centred = values[0].to(dtype) - zero_point
+        found = product(centred, weight)
+        return found if bias is None else found.add_(bias)
+
+    unit = _unit(site, shape)
+    if site.output is None:
+        return Lowered(lambda values: accumulate(values).float() * unit(torch.float32), accumulate)
+    out = site.output
+    rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
+    limits, kept = code_bounds(site), carrier(out)
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+
+
+def lower_matmul(site: Site) -> Lowered:
+    """A product of two activations.
+
+    Raises:
+        IntegerError: the target leaves open what decides, or the sum may overflow.
+    """
+    a, b = _two(site)
+    count = int(site.operator.attributes["reduced_elements"])
+    reach = _reach(a) * _reach(b) * count
+    fits(site, Bounds(torch.tensor([-reach]), torch.tensor([reach])))
+    dtype = exact_dtype(reach)
+    zeros = a.zero_point.to(dtype), b.zero_point.to(dtype)
+
+    def accumulate(values: Sequence[Tensor]) -> Tensor:
+        return torch.matmul(values[0].to(dtype) - zeros[0], values[1].to(dtype) - zeros[1])
+
+    def unit(kind: torch.dtype) -> Tensor:
+        return a.scale.to(kind) * b.scale.to(kind)
+
+    if site.output is None:
+        return Lowered(lambda values: accumulate(values).float() * unit(torch.float32), accumulate)
+    out = site.output
+    rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
+    limits, kept = code_bounds(site), carrier(out)
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+
+
+def _two(site: Site) -> tuple[QParams, QParams]:
+    if len(site.inputs) == 2:
+        return site.inputs[0], site.inputs[1]
+    raise IntegerError("a product with a constant tensor cannot be executed exactly yet")
+
+
+def _reach(qparams: QParams) -> int:
+    zero = int(qparams.zero_point)
+    return max(qparams.quant_max - zero, zero - qparams.quant_min)
+
+
+def centred_weight(site: Site) -> Tensor:
+    """int64, like the weight."""
+    assert site.weight is not None
+    qparams = site.weight.qparams
+    codes = site.weight.codes.long()
+    zero = qparams.zero_point.long()
+    if zero.dim() == 1:
+        assert site.weight.axis is not None
+        zero = zero.reshape([-1 if i == site.weight.axis else 1 for i in range(codes.dim())])
+    elif zero.dim() > 1:
+        raise IntegerError("weights with a scale per group of inputs cannot be executed exactly yet")
+    return codes - zero
+
+
+def _output_shape(site: Site) -> list[int]:
+    """A shape in which [out_channels] broadcasts over the output."""
+    operator = site.operator
+    if operator.kind == "Gemm":
+        return [-1]
+    return [-1, *[1] * len(operator.attributes["kernel"])]
+
+
+def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
+    """What one unit of the accumulator stands for: input scale times weight scale."""
+    assert site.weight is not None
+    x, w = site.inputs[0], site.weight.qparams
+    scale = w.scale
+    if not isinstance(w.granularity, PerTensor):
+        # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
+        scale = scale.repeat(int(site.operator.attributes["out_channels"]) // len(scale)).reshape(shape)
+    return lambda kind: x.scale.to(kind) * scale.to(kind)
+
+
+def _check_bias(site: Site) -> None:
+    """The bias is in units of the accumulator."""
+    assert site.bias is not None and site.weight is not None
+    unit = _unit(site, [-1])(torch.float32)
+    scale = site.bias.qparams.scale
+    if bool((site.bias.qparams.zero_point != 0).any()) or not torch.equal(scale.expand(unit.shape), unit):
+        raise IntegerError("a bias on another scale than input*weight cannot be executed exactly yet")
+
+
+def product_of(site: Site) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operator's own function, of input and weight, without a bias."""
+    node, operator = site.node, site.operator
+    target: Any = node.target
+    if operator.kind == "Gemm":
+        if operator.weight_axis == 0:
+            return lambda x, w: torch.nn.functional.linear(x, w)
+        return torch.matmul
+    rest = list(node.args[3:])
+    kwargs = dict(node.kwargs)
+    return lambda x, w: target(x, w, None, *rest, **kwargs)

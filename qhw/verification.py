@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qhw.verify`: the integer result beside the simulation, and beside the artefact in the vendor's runtime."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qhw.api import exporter_for
+from qhw.engine import Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
+from qhw.errors import CalibrationError
+from qhw.extension import Registry, default_registry
+from qhw.integer import Difference, IntegerModel, differences, simulated_codes
+
+__all__ = ["Verification", "verify"]
+
+_Codes = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and how it came out.
+
+    Attributes:
+        samples: How many samples were run.
+        simulated: Integer codes against the simulation's, tensor by tensor in execution order. The simulation rounds
+            in float32: single codes may differ near ties, and what differs is passed on.
+        artefact: Integer codes against those of the artefact in its runtime; empty where it was not run.
+        runtime: Its name and versions; empty where it was not run.
+        not_run: Why the artefact was not run, in words; None where it was.
+        host: Operators that run in float32 on the host.
+    """
+
+    samples: int
+    simulated: tuple[Difference, ...]
+    artefact: tuple[Difference, ...]
+    runtime: dict[str, str]
+    not_run: str | None
+    host: tuple[str, ...]
+
+    @property
+    def first_difference(self) -> Difference | None:
+        """The first tensor whose codes differ between the integer result and the artefact."""
+        return next((one for one in self.artefact if one.differing), None)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the artefact was run and every code that was compared is the same."""
+        return bool(self.artefact) and self.first_difference is None
+
+
+def verify(
+    result: QuantizedModel,
+    data: CalibrationData | None = None,
+    *,
+    artefact: Path | None = None,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Verification:
+    """Run a result in exact integer arithmetic, as its target defines it, and compare code by code.
+
+    Args:
+        result: The quantized model.
+        data: Samples, as `qhw.quantize` takes them; absent: those that the result keeps.
+        artefact: The exported file; it is run where the target or the exporter names an executor that is installed,
+            and where this machine computes as the target says.
+        progress: Where progress is shown; absent: a bar on a terminal.
+        registry: Plugins to use; absent: all that are installed.
+
+    Raises:
+        IntegerError: the target leaves open what decides the integer result; names the fields.
+        CalibrationError: there is no sample, or one that does not fit.
+    """
+    registry = registry or default_registry()
+    model = IntegerModel(result)
+    call, runtime, not_run = _runtime(result, artefact, registry)
+    simulated: dict[str, Difference] = {}
+    artefacts: dict[str, Difference] = {}
+    samples = 0
+    batches = list(_batches(result, data))
+    for batch in (progress or default_progress()).track(batches, "verify", len(batches)):
+        samples += len(batch[0])
+        mine = model.codes(*batch)
+        _add(simulated, differences(mine, simulated_codes(result, *batch)))
+        if call is not None:
+            theirs = call({name: x.numpy() for name, x in zip(result.input_names, batch, strict=True)})
+            _add(artefacts, differences(mine, {name: torch.from_numpy(codes) for name, codes in theirs.items()}))
+    host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
+    return Verification(samples, tuple(simulated.values()), tuple(artefacts.values()), runtime, not_run, host)
+
+
+def _add(total: dict[str, Difference], found: Iterable[Difference]) -> None:
+    for one in found:
+        total[one.tensor] = total[one.tensor] + one if one.tensor in total else one
+
+
+def _batches(result: QuantizedModel, data: CalibrationData | None) -> Iterable[tuple[Tensor, ...]]:
+    if data is None and not result.samples:
+        raise CalibrationError("verify: the result keeps no samples. Pass data= (--data DATA).")
+    source: Any = {name: result.samples[name] for name in result.input_names} if data is None else data
+    if isinstance(source, Calibration):
+        return source
+    return Calibration(source, result.float_graph, name="data")
+
+
+def _runtime(
+    result: QuantizedModel, artefact: Path | None, registry: Registry
+) -> tuple[_Codes | None, dict[str, str], str | None]:
+    """The artefact's codes as a function, and the runtime's versions; or why there are none."""
+    if artefact is None:
+        return None, {}, "no artefact was given"
+    own = result.target.artefact.executor if result.target.artefact is not None else None
+    if own is None:
+        portable = exporter_for(result.target, registry=registry).executor
+        other = f"; its portable artefact runs in {portable}, which computes otherwise" if portable else ""
+        return None, {}, f"'{result.target.name}' names no executor{other}"
+    if own not in registry.executors:
+        return None, {}, f"no installed plugin brings the executor '{own}'"
+    entry = registry.executors[own]
+    with blaming(entry.record, f"executor '{own}'"):
+        executor = entry.value()
+        reason = executor.available()
+        if reason is not None:
+            return None, {}, reason
+        versions = executor.versions()
+        missing = _missing_flags(result, versions)
+        if missing is not None:
+            return None, {}, missing
+        codes = executor.load_codes(artefact)
+    if codes is None:
+        return None, {}, f"the executor '{own}' shows no codes"
+    return codes, versions, None
+
+
+def _missing_flags(result: QuantizedModel, versions: Mapping[str, str]) -> str | None:
+    """Why this machine cannot stand for the target: none of the CPU features that its arithmetic needs."""
+    wanted = result.target.artefact.host_cpu_flags if result.target.artefact is not None else None
+    if not isinstance(wanted, tuple):
+        return None
+    if not set(wanted) & set(versions.get("cpu", "").split()):
+        return f"cannot verify here: this machine has none of the CPU features {', '.join(wanted)}"
+    return None
