@@ -9,6 +9,7 @@ from torch import Tensor
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Rescaler, clamped, code_bounds, rescaler, rounding_of
 from qhw.integer.codes import carrier
+from qhw.integer.pair_table import by_table
 from qhw.integer.products import Lowered
 from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, rescale_fixed_point, round_real
@@ -33,16 +34,16 @@ def lower_add(site: Site) -> Lowered:
     limits, kept = code_bounds(site), carrier(out)
     sign = -1 if site.operator.kind == "Sub" else 1
     if rule.kind == "float32":
-        return _float32_add(site, a, b, out, sign)
+        return Lowered(by_table(_float32_add(site, a, b, out, sign), a, b))
     if rule.kind == "fixed_point":
         add = _fixed_point_add(site, a, b, out, sign)
-        return Lowered(lambda values: clamped(add(values), limits, kept))
+        return Lowered(by_table(lambda values: clamped(add(values), limits, kept), a, b))
     if rule.kind is None or rule.kind == "unknown":
         raise unknown(f"{path}.kind", rule.kind)
     raise IntegerError(f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind} yet')
 
 
-def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> Lowered:
+def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> Callable[[Sequence[Tensor]], Tensor]:
     first, second = a.scale / out.scale, sign * b.scale / out.scale
     za, zb, zy = (q.zero_point.float() for q in (a, b, out))
     rounding, limits, kept = rounding_of(site), code_bounds(site), carrier(out)
@@ -53,13 +54,13 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
             inner = fma_float32(values[1].float(), second, constant)
             return clamped(round_real(fma_float32(values[0].float(), first, inner), rounding), limits, kept)
 
-        return Lowered(before)
+        return before
 
     def after(values: Sequence[Tensor]) -> Tensor:
         total = (values[0].float() - za) * first + (values[1].float() - zb) * second
         return clamped(round_real(total, rounding) + zy, limits, kept)
 
-    return Lowered(after)
+    return after
 
 
 def _fixed_point_add(
@@ -111,7 +112,7 @@ def lower_mul(site: Site) -> Lowered:
 
     rescale = rescaler(site, lambda kind: a.scale.to(kind) * b.scale.to(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+    return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate)
 
 
 def _operands(site: Site) -> tuple[QParams, QParams, QParams]:
