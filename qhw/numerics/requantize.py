@@ -37,7 +37,8 @@ def fixed_point_multiplier(
         shift_min: Smallest right shift; a negative one shifts left.
         shift_max: Largest right shift.
         out_of_range: A ratio beyond the shifts. "saturate": a larger one becomes the largest multiplier at shift_min, a
-            smaller one 0, as in TFLite; "zero_scale": both become 0; "refuse": RangeError.
+            smaller one 0, as in TFLite (whose default build leaves the larger one undefined); "zero_scale": both
+            become 0; "refuse": RangeError.
 
     Returns:
         tuple: multiplier and shift, int64 [*P]. A ratio of 0 that is not refused has multiplier 0.
@@ -91,7 +92,8 @@ def rescale_fixed_point(
 
         result = round(acc * multiplier / 2**(bits + shift))
 
-    "double" rounds twice, as gemmlowp and TFLite's default build do, and "double_half_to_plus_infinity" too:
+    "double" rounds twice, as gemmlowp and TFLite's reference kernels do; "double_half_to_plus_infinity" is what its
+    optimized kernels do:
 
         high   = round_half_to_plus_infinity(wrap(acc * 2**max(-shift, 0)) * multiplier / 2**bits)
         result = round_half_away_from_zero(high / 2**max(shift, 0))     or half to plus infinity
@@ -193,7 +195,9 @@ def _check_acc(acc: Tensor) -> None:
 def _check_integers(name: str, values: Tensor, low: int, high: int) -> None:
     if values.dtype != torch.int64:
         raise RangeError(f"rescale: {name} must be int64; got {values.dtype}. Convert it.")
-    outside = (values < low) | (values > high)
-    if bool(outside.any()):
-        bad = values[outside].flatten()[0].item()
+    if not values.numel():
+        return
+    least, most = (int(end) for end in torch.aminmax(values))
+    if least < low or most > high:
+        bad = least if least < low else most
         raise RangeError(f"rescale: {name} must lie in {low} to {high}; got {bad}. See fixed_point_multiplier.")

@@ -20,6 +20,13 @@ def test_the_example_gives_the_codes_beside_it():
     assert str(names["w_q"].tolist()) == stated == "[[32, -127], [127, 95]]"
 
 
+def test_the_example_of_requantization_holds():
+    (example,) = re.findall(r"```python\n((?:(?!```).)*rescale_fixed_point.*?)```", PAGE, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(example, "docs/numerics.md", "exec"), names)  # noqa: S102
+    assert names["shift"].tolist() == [2, 5]
+
+
 def test_the_rounding_table_is_the_reference():
     header, _, *rows = re.search(r"\| rule \|.*?\n\n", PAGE, re.DOTALL).group(0).strip().splitlines()
     values = [Fraction(cell.strip()) for cell in header.strip("|").split("|")[1:]]
