@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qhw.engine import MatrixForm
 from qhw.errors import IntegerError
-from qhw.integer.accumulate import Bounds, fits
+from qhw.integer.accumulate import Bounds, overflow_of
 from qhw.integer.arithmetic import clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
@@ -78,7 +78,7 @@ def lower_product(site: Site) -> Lowered:
     assert site.weight is not None
     x = site.inputs[0]
     bounds = product_bounds(site)
-    fits(site, bounds)
+    overflow = overflow_of(site, bounds)
     if site.bias is not None:
         _check_bias(site)
     dtype = exact_dtype(bounds.largest)
@@ -91,7 +91,7 @@ def lower_product(site: Site) -> Lowered:
     def accumulate(values: Sequence[Tensor]) -> Tensor:
         centred = values[0].to(dtype) - zero_point
         found = product(centred, weight)
-        return found if bias is None else found.add_(bias)
+        return overflow(found if bias is None else found.add_(bias))
 
     unit = _unit(site, shape)
     if site.output is None:
@@ -111,12 +111,12 @@ def lower_matmul(site: Site) -> Lowered:
     a, b = _two(site)
     count = int(site.operator.attributes["reduced_elements"])
     reach = _reach(a) * _reach(b) * count
-    fits(site, Bounds(torch.tensor([-reach]), torch.tensor([reach])))
+    overflow = overflow_of(site, Bounds(torch.tensor([-reach]), torch.tensor([reach])))
     dtype = exact_dtype(reach)
     zeros = a.zero_point.to(dtype), b.zero_point.to(dtype)
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
-        return torch.matmul(values[0].to(dtype) - zeros[0], values[1].to(dtype) - zeros[1])
+        return overflow(torch.matmul(values[0].to(dtype) - zeros[0], values[1].to(dtype) - zeros[1]))
 
     def unit(kind: torch.dtype) -> Tensor:
         return a.scale.to(kind) * b.scale.to(kind)
