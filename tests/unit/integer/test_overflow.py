@@ -22,7 +22,7 @@ formats.a = { bits = 8, signed = true, zero_point = 0, per = "tensor" }
 formats.w = { bits = 8, signed = true, zero_point = 0, per = "tensor" }
 accumulators.acc = { bits = 17, overflow = "OVERFLOW" }
 requantize.rescale = { kind = "float32", rounding = "half_even" }
-kernels.mac = { input = ["a"], weight = ["w"], output = ["a"], bias = "none", accumulator = "acc", requantize = "rescale" }
+kernels.mac = { input = ["a"], weight = ["w"], output = ["a"], accumulator = "acc", requantize = "rescale" }
 operators.Gemm = { kernels = ["mac"] }
 """
 
