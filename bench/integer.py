@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact integer execution on CIFAR-10 networks: what it costs, what it equals, how much room the accumulators leave.
+
+    python -m bench.integer          # writes bench/INTEGER.md (about 5 minutes on one core)
+    python -m bench.integer --quick  # 100 images, prints only
+
+Protocol: calibration on the first 1,000 training images, pipeline ranges-ptq, the target's default formats, 1,000 test
+images in batches of 32, one thread. The time is that of running a lowered model, the smallest CPU time of three runs,
+over that of the float model with batch norms folded on the same batches.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import qhw
+from bench.data import load_models
+from qhw.engine import QuantizedModel, SilentProgress
+from qhw.errors import IntegerError
+from qhw.extension import default_registry
+from qhw.integer import IntegerModel, prove_accumulators
+from qhw.verification import verify
+
+HERE = Path(__file__).parent
+NETWORKS = ("resnet20", "mobilenetv2")
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="100 images; print, write nothing")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    models = load_models()
+    images, _ = models.cifar10("train", 1000)
+    test, _ = models.cifar10("test", 100 if quick else 1000)
+    makers = {"resnet20": lambda: models.resnet(20), "mobilenetv2": models.mobilenet_v2}
+    runs, rooms = [], []
+    for network in NETWORKS:
+        graph = qhw.capture(makers[network](), images[:2])
+        for target in default_registry().target_names():
+            result = quantized(graph, target, images)
+            if isinstance(result, str):
+                runs.append([network, target, *[""] * 4, result])
+                continue
+            runs.append([network, target, *executed(result, test)])
+            rooms.append([network, target, *room(result)])
+            print(f"| {' | '.join(runs[-1])} |", flush=True)
+    lines = [
+        "<!-- SPDX-License-Identifier: Apache-2.0 -->",
+        "# CIFAR-10: exact integer execution",
+        "",
+        "Made by `python -m bench.integer`; protocol in `bench/integer.py`.",
+        f"qhw {qhw.__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, one thread.",
+        "",
+        *table(["network", "target", "time / float", "codes", "simulation differs", "runtime differs", "note"], runs),
+        "The simulation rounds in float32: single codes differ near ties, and later layers pass that on. The runtime",
+        "is the target's own, where it names one that can be run here: 0 is what is claimed, anything else a defect.",
+        "",
+        "## Accumulators: bits that stay free in the worst case, layer by layer",
+        "",
+        *table(["network", "target", "bits", "tightest layer", "bits left", "layers by bits left"], rooms),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if not quick:
+        (HERE / "INTEGER.md").write_text(text, encoding="utf-8")
+
+
+def quantized(graph: qhw.Graph, target: str, images: Tensor) -> QuantizedModel | str:
+    """The model by the plain pipeline, or why not."""
+    try:
+        plan = qhw.plan(graph, target, calibration=images, pipeline="ranges-ptq")
+        return qhw.quantize(graph, plan, calibration=images, progress=SilentProgress())
+    except qhw.QhwError as error:
+        return f"not quantized: {str(error)[:120]}"
+
+
+def executed(result: QuantizedModel, test: Tensor) -> list[str]:
+    """Time over float, codes compared, and how many differ."""
+    try:
+        model = IntegerModel(result)
+    except IntegerError as error:
+        return ["", "", "", "", str(error).split(": its integer result cannot be computed: ")[-1].split(". State")[0]]
+    batches = list(test.split(32))
+    module = result.float_graph.module
+
+    def floats() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                module(batch)
+
+    def integers() -> None:
+        for batch in batches:
+            model(batch)
+
+    ratio = fastest(integers) / fastest(floats)
+    with tempfile.TemporaryDirectory() as folder:
+        artefact = qhw.export(result, folder)[0]
+        found = verify(result, test, artefact=artefact, progress=SilentProgress())
+    codes = sum(one.codes for one in found.simulated)
+    simulated = sum(one.differing for one in found.simulated)
+    runtime = f"{sum(one.differing for one in found.artefact):,}" if found.artefact else ""
+    versions = f"{' '.join(next(iter(found.runtime.items())))}" if found.artefact else found.not_run or ""
+    return [f"{ratio:.2f}", f"{codes:,}", f"{100 * simulated / codes:.3f} %", runtime, versions]
+
+
+def fastest(run: Callable[[], Any]) -> float:
+    """Smallest CPU seconds of three runs, after one to warm up."""
+    run()
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def room(result: QuantizedModel) -> list[str]:
+    """Width, the tightest layer, and a count of layers for each number of bits left."""
+    proofs = list(prove_accumulators(result))
+    known = [proof for proof in proofs if proof.headroom is not None]
+    if not known:
+        return ["not known", "", "", ""]
+    tightest = min(known, key=lambda proof: proof.headroom or 0)
+    counts: dict[int, int] = {}
+    for proof in known:
+        counts[proof.headroom or 0] = counts.get(proof.headroom or 0, 0) + 1
+    spread = ", ".join(f"{left}: {count}" for left, count in sorted(counts.items()))
+    return [str(tightest.bits), tightest.operator, str(tightest.headroom), spread]
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+if __name__ == "__main__":
+    main()
