@@ -79,6 +79,7 @@ def quantize(
     """
     import qhw
     from qhw.cli.sources import load_calibration, load_callable, load_data, load_model
+    from qhw.engine.evaluate import check_labelled
     from qhw.errors import CalibrationError, PlanError
     from qhw.graph.saving import check_savable
 
@@ -92,22 +93,34 @@ def quantize(
     check_savable(graph)  # before the work, which would be lost
     data = load_calibration(calibration, graph)
     labelled = None if evaluate is None else load_data(evaluate)
+    if labelled is not None:
+        with _as_named(evaluate):  # before the work, at whose end it would be missed
+            check_labelled(graph, labelled)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
     scores: list[Score] = []
 
     def measure(artefact: Path) -> Any:
         if labelled is not None:
-            try:
+            with _as_named(evaluate):
                 scores.extend(qhw.evaluate(graph, result, labelled, artefact=artefact, metric=score))
-            except CalibrationError as error:
-                raise CalibrationError(str(error).replace("evaluation: ", f"{evaluate}: ", 1)) from error
         return [asdict(score) for score in scores]
 
     with _keeping(out) as folder:
         result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed, work_folder=folder)
         qhw.save(result, out, samples=samples, evaluate_artefact=measure)
     _report(graph, result, out, scores, as_json)
+
+
+@contextmanager
+def _as_named(data: str | None) -> Iterator[None]:
+    """Messages about the evaluation data call it as the command line did."""
+    from qhw.errors import CalibrationError
+
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(str(error).replace("evaluation: ", f"{data}: ", 1)) from error
 
 
 @contextmanager
@@ -152,7 +165,7 @@ def _read_plan(path: Path, asked: dict[str, Any]) -> "QuantPlan":
 
 
 def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[Score]", as_json: bool) -> None:
-    from qhw.cli.console import print_json, print_table
+    from qhw.cli.console import paragraph, print_json, print_table
     from qhw.cli.words import bytes_words, count_words
     from qhw.engine import float_bytes, quantized_bytes
 
@@ -173,7 +186,7 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
         print_json(facts)
         return
     for step in result.steps:
-        print(f"{step.stage:<18}{step.algorithm:<22}{step.summary}")
+        paragraph(f"{step.stage:<18}{step.algorithm}", step.summary, left=46)
     if scores:
         print()
         rows = []

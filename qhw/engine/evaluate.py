@@ -20,7 +20,7 @@ from qhw.engine.result import flat_outputs
 from qhw.errors import CalibrationError, QhwError
 from qhw.graph import Graph
 
-__all__ = ["Agreement", "Metric", "Runner", "Score", "agreement", "evaluate", "top1"]
+__all__ = ["Agreement", "Metric", "Runner", "Score", "agreement", "check_labelled", "evaluate", "top1"]
 
 Metric = Callable[[Tensor, Tensor], float]
 """Score of outputs [samples, ...] against labels [samples, ...]; more is better."""
@@ -167,6 +167,16 @@ def _measured(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
             f"evaluation: metric '{name}' fails on outputs {list(outputs.shape)} and labels {list(labels.shape)}: "
             f"{type(error).__name__}: {text}. It must return one number."
         ) from error
+
+
+def check_labelled(graph: Graph, data: Any) -> None:
+    """Look at the first batch, before long work whose end would need it.
+
+    Raises:
+        CalibrationError: it has no labels, or does not fit the model.
+    """
+    if next(_labelled_batches(data, graph), None) is None:
+        raise CalibrationError("evaluation: holds no sample. Pass at least one batch.")
 
 
 def _labelled_batches(data: Any, graph: Graph) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:

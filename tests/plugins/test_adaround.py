@@ -189,6 +189,15 @@ def test_groups_of_inputs_are_rounded_on_their_own_scales(registry: Registry, ta
     assert report.sites["3.weight"]["loss"] <= report.sites["3.weight"]["loss_nearest"]
 
 
+def test_one_sample_cannot_be_held_back_and_the_report_says_so(registry: Registry, target: TargetSpec) -> None:
+    net, x = small("conv")
+    few = {"adaround": {"iterations": 10}}
+    for count, words in ((1, "output error as learned"), (2, "held-back output error")):
+        asked = {"example_inputs": x[:2], "calibration": x[:count], "prefer": ("adaround",), "registry": registry}
+        result = qhw.quantize(net, target, options=few, **asked)
+        assert words in next(step.summary for step in result.steps if step.algorithm == "adaround")
+
+
 def test_held_back_samples_decide_and_no_output_gets_worse(registry: Registry, target: TargetSpec) -> None:
     net, x = small("conv")
     asked = {"example_inputs": x[:2], "calibration": x, "prefer": ("adaround",), "registry": registry}

@@ -348,6 +348,16 @@ def test_one_array_is_enough_for_one_input(qhw_run: Run, folder: Path) -> None:
     check_one_line(ran, "images.npy: must be a dict of arrays with 'labels', or batches; got ndarray")
 
 
+def test_labels_are_looked_for_before_the_work(qhw_run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qhw.api
+
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(qhw.api, "run", work)
+    check_one_line(qhw_run(*QUANTIZE, "--evaluate", "net:batches"), "net:batches: every batch must be (inputs, labels)")
+
+
 def test_an_occupied_folder_is_left_alone(qhw_run: Run, folder: Path) -> None:
     (folder / "out/net").mkdir(parents=True)
     (folder / "out/net/diary.txt").write_text("mine")
