@@ -2,6 +2,8 @@
 """From the accumulator to the output code, as the target says: built once per operator, then run on tensors."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,15 +21,61 @@ from qhw.numerics import (
 )
 from qhw.schema import Requantize
 
-__all__ = ["Rescaler", "clamped", "code_bounds", "rescaler", "rounding_of"]
-
-Rescaler = Callable[[Tensor], Tensor]
-"""Accumulator [*shape], whole numbers in float32, float64 or int64 -> codes before the clamp, whole numbers."""
+__all__ = ["Requantization", "clamped", "code_bounds", "rescaler", "rounding_of"]
 
 _BITS = 31  # of a multiplier, where the target leaves it open
 
 
-def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int) -> Rescaler:
+@dataclass(frozen=True)
+class Requantization:
+    """From accumulators to codes before the clamp, as data; called with accumulators, it computes them.
+
+    Attributes:
+        kind: float32: round(float32(acc) * factor); fixed_point: round(acc * multiplier / 2^(bits + shift)); shift:
+            round(acc / 2^shift).
+        rounding: Its rule; `double` rounds behind the multiplier and behind the shift.
+        zero_point: What is added in the end.
+        factor: float32, of kind float32; broadcasts against the accumulators.
+        multiplier: int64, of kind fixed_point.
+        shift: int64 right shifts, of kinds fixed_point and shift.
+        bits: Of the multiplier.
+        before: Of kind float32: whether the zero point is added to the product, in float32, before rounding.
+    """
+
+    kind: Literal["float32", "fixed_point", "shift"]
+    rounding: Rounding | Literal["double"]
+    zero_point: int = 0
+    factor: Tensor | None = None
+    multiplier: Tensor | None = None
+    shift: Tensor | None = None
+    bits: int | None = None
+    before: bool = False
+
+    def __call__(self, acc: Tensor) -> Tensor:
+        """Codes before the clamp, whole numbers.
+
+        Args:
+            acc: [*shape], whole numbers in float32, float64 or int64.
+        """
+        if self.factor is not None:
+            return self._by_factor(acc, self.factor)
+        assert self.shift is not None
+        if self.multiplier is None or self.bits is None:
+            assert self.rounding != "double"
+            return rescale_shift(acc.long(), self.shift, rounding=self.rounding) + self.zero_point
+        found = rescale_fixed_point(acc.long(), self.multiplier, self.shift, bits=self.bits, rounding=self.rounding)
+        return found + self.zero_point
+
+    def _by_factor(self, acc: Tensor, factor: Tensor) -> Tensor:
+        if self.before:  # the product is rounded, then the sum, then the result to a whole number
+            return (acc.float() * factor + float(self.zero_point)).round_()
+        if self.rounding == "half_even":
+            return (acc.float() * factor).round_().add_(float(self.zero_point))
+        assert self.rounding != "double"
+        return rescale_float32(acc, factor, rounding=self.rounding).float().add_(float(self.zero_point))
+
+
+def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int) -> Requantization:
     """The requantization of one operator.
 
     Args:
@@ -80,22 +128,13 @@ def _stated(path: str, value: object) -> object:
     return value
 
 
-def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -> Rescaler:
-    if before:
-
-        def added(acc: Tensor) -> Tensor:
-            # The product is rounded, then the sum, then the result to a whole number.
-            return (acc.float() * ratio + float(zero_point)).round_()
-
-        if rounding != "half_even":
-            raise IntegerError("a zero point that is added before rounding needs half_even")
-        return added
-    if rounding == "half_even":
-        return lambda acc: (acc.float() * ratio).round_().add_(float(zero_point))
-    return lambda acc: rescale_float32(acc, ratio, rounding=rounding).float().add_(float(zero_point))
+def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -> Requantization:
+    if before and rounding != "half_even":
+        raise IntegerError("a zero point that is added before rounding needs half_even")
+    return Requantization("float32", rounding, zero_point, factor=ratio, before=before)
 
 
-def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_point: int) -> Rescaler:
+def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_point: int) -> Requantization:
     rounding = rule.rounding if rule.rounding == "double" else _rounding(site, path, rule)
     bits = rule.multiplier_bits if isinstance(rule.multiplier_bits, int) else None
     if bits is None:
@@ -110,16 +149,15 @@ def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_po
     multiplier, right = fixed_point_multiplier(
         ratio, bits=bits, shift_min=low, shift_max=high, out_of_range=out_of_range
     )
-    return lambda acc: rescale_fixed_point(acc.long(), multiplier, right, bits=bits, rounding=rounding) + zero_point
+    return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=right, bits=bits)
 
 
-def _shift(path: str, ratio: Tensor, rounding: Rounding, zero_point: int) -> Rescaler:
+def _shift(path: str, ratio: Tensor, rounding: Rounding, zero_point: int) -> Requantization:
     mantissa, exponent = torch.frexp(ratio)
     if not bool((mantissa == 0.5).all()):
         bad = float(ratio.flatten()[(mantissa != 0.5).flatten()][0])
         raise IntegerError(f'{path}.kind = "shift" needs a ratio of scales that is a power of two; got {bad:.6g}')
-    right = (1 - exponent).long()
-    return lambda acc: rescale_shift(acc.long(), right, rounding=rounding) + zero_point
+    return Requantization("shift", rounding, zero_point, shift=(1 - exponent).long())
 
 
 def code_bounds(site: Site) -> tuple[int, int]:

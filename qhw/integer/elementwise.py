@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import Rescaler, clamped, code_bounds, rescaler, rounding_of
+from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler, rounding_of
 from qhw.integer.codes import carrier
 from qhw.integer.pair_table import by_table
 from qhw.integer.products import Lowered
 from qhw.integer.site import Site, unknown
-from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, rescale_fixed_point, round_real
+from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, round_real
 
 __all__ = ["lower_add", "lower_mul"]
 
@@ -81,18 +81,18 @@ def _fixed_point_add(
     if not isinstance(width, int):
         raise unknown(f"{path}.multiplier_bits", width)
 
-    def scaled(ratio: Tensor) -> Rescaler:
+    def scaled(ratio: Tensor, zero_point: int = 0) -> Requantization:
         multiplier, shift = fixed_point_multiplier(ratio, bits=width)
-        return lambda acc: rescale_fixed_point(acc, multiplier, shift, bits=width, rounding=rounding)
+        return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=shift, bits=width)
 
     first, second = scaled(a.scale.double() / twice), scaled(b.scale.double() / twice)
-    last = scaled(twice / (2**bits * out.scale.double()))
-    za, zb, zy = (int(q.zero_point) for q in (a, b, out))
+    last = scaled(twice / (2**bits * out.scale.double()), int(out.zero_point))
+    za, zb = int(a.zero_point), int(b.zero_point)
 
     def add(values: Sequence[Tensor]) -> Tensor:
         left = first((values[0].long() - za) << bits)
         right = second((values[1].long() - zb) << bits)
-        return last(left + sign * right) + zy
+        return last(left + sign * right)
 
     return add
 
