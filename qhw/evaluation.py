@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`qhw.evaluate`: the float model, the simulation and the artefact, scored on the same samples."""
+"""`qhw.evaluate`: the float model, the simulation, the integer result and the artefact, scored on the same samples."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 from qhw.api import exporter_for
 from qhw.engine import Metric, Progress, QuantizedModel, Runner, Score, blaming, default_progress
 from qhw.engine import evaluate as score_all
+from qhw.errors import IntegerError
 from qhw.extension import Registry, default_registry
 from qhw.graph import Graph
+from qhw.integer import IntegerModel
 
 __all__ = ["evaluate"]
 
@@ -27,7 +29,10 @@ def evaluate(
     progress: Progress | None = None,
     registry: Registry | None = None,
 ) -> tuple[Score, ...]:
-    """Score a model in float, simulated, and as its artefact where that can be run here.
+    """Score a model in float, simulated, in exact integers, and as its artefact.
+
+    The integers need a target that says how it computes, the artefact an executor that is installed: else they are left
+    out.
 
     Args:
         graph: The float model, as `qhw.capture` gave it.
@@ -45,6 +50,11 @@ def evaluate(
         "float": lambda inputs: graph.module(*inputs),
         "simulated": lambda inputs: result(*inputs),
     }
+    try:
+        integer = IntegerModel(result)
+        runners["integer"] = lambda inputs: integer(*inputs)
+    except IntegerError:  # the target leaves open what decides; `qhw verify` says what
+        pass
     found = None if artefact is None else _artefact_runner(result, artefact, registry or default_registry())
     if found is not None:
         runners[ARTEFACT.format(executor=found[0])] = found[1]

@@ -195,6 +195,8 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
             words = "" if same is None else f"{100 * same.share:.2f} % ({100 * same.low:.2f} to {100 * same.high:.2f})"
             rows.append((score.subject, f"{score.value:.2f}", words, str(score.samples)))
         print_table(("model", scores[0].metric, "agrees with float (95 %)", "samples"), rows)
+        if all(score.subject != "integer" for score in scores):
+            print(f"In exact integers it cannot be scored: 'qhw verify {out}' says what the target leaves open.")
     print()
     print(
         f"{bytes_words(before)} -> {bytes_words(after)}; {share:.1f} % of {count_words(made.total_macs)} MACs on chip"
