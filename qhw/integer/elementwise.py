@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums and products of two activations, element by element."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler, rounding_of
 from qhw.integer.codes import carrier
 from qhw.integer.pair_table import by_table
-from qhw.integer.products import Lowered
+from qhw.integer.products import Fact, Lowered, Run
 from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, round_real
 
@@ -34,19 +34,21 @@ def lower_add(site: Site) -> Lowered:
     limits, kept = code_bounds(site), carrier(out)
     sign = -1 if site.operator.kind == "Sub" else 1
     if rule.kind == "float32":
-        return Lowered(by_table(_float32_add(site, a, b, out, sign), a, b))
+        run, facts = _float32_add(site, a, b, out, sign)
+        return Lowered(by_table(run, a, b), facts=facts)
     if rule.kind == "fixed_point":
-        add = _fixed_point_add(site, a, b, out, sign)
-        return Lowered(by_table(lambda values: clamped(add(values), limits, kept), a, b))
+        add, facts = _fixed_point_add(site, a, b, out, sign)
+        return Lowered(by_table(lambda values: clamped(add(values), limits, kept), a, b), facts=facts)
     if rule.kind is None or rule.kind == "unknown":
         raise unknown(f"{path}.kind", rule.kind)
     raise IntegerError(f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind} yet')
 
 
-def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> Callable[[Sequence[Tensor]], Tensor]:
+def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
     first, second = a.scale / out.scale, sign * b.scale / out.scale
     za, zb, zy = (q.zero_point.float() for q in (a, b, out))
     rounding, limits, kept = rounding_of(site), code_bounds(site), carrier(out)
+    facts: dict[str, Fact] = {"factor.0": first, "factor.1": second, "rounding": rounding, "clamp": limits}
     if site.spec.rounding_order == "zero_point_before":
         constant = zy - fma_float32(first, za, second * zb)
 
@@ -54,18 +56,16 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
             inner = fma_float32(values[1].float(), second, constant)
             return clamped(round_real(fma_float32(values[0].float(), first, inner), rounding), limits, kept)
 
-        return before
+        return before, {**facts, "rule": "add_fused_float32", "constant": constant}
 
     def after(values: Sequence[Tensor]) -> Tensor:
         total = (values[0].float() - za) * first + (values[1].float() - zb) * second
         return clamped(round_real(total, rounding) + zy, limits, kept)
 
-    return after
+    return after, {**facts, "rule": "add_float32", "zero_point": int(out.zero_point)}
 
 
-def _fixed_point_add(
-    site: Site, a: QParams, b: QParams, out: QParams, sign: int
-) -> Callable[[Sequence[Tensor]], Tensor]:
+def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
     path, rule = site.requantize
     table = site.spec.preshift_bits
     where = f"{site.path}.preshift_bits"
@@ -94,7 +94,8 @@ def _fixed_point_add(
         right = second((values[1].long() - zb) << bits)
         return last(left + sign * right)
 
-    return add
+    facts: dict[str, Fact] = {"rule": "add_fixed_point", "left_shift": bits, "sign": sign, "clamp": code_bounds(site)}
+    return add, {**facts, "requantize.0": first, "requantize.1": second, "requantize": last}
 
 
 def lower_mul(site: Site) -> Lowered:
@@ -112,7 +113,8 @@ def lower_mul(site: Site) -> Lowered:
 
     rescale = rescaler(site, lambda kind: a.scale.to(kind) * b.scale.to(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate)
+    facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits}
+    return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate, facts)
 
 
 def _operands(site: Site) -> tuple[QParams, QParams, QParams]:

@@ -2,6 +2,7 @@
 """Running a quantized model in integers, as its target computes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,9 +18,29 @@ from qhw.integer.products import Lowered
 from qhw.integer.site import PointIndex, Site
 from qhw.numerics import quantize
 
-__all__ = ["IntegerModel"]
+__all__ = ["Executed", "IntegerModel"]
 
 Watch = Callable[[str, Codes], None]
+Trace = Callable[["Executed"], None]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One operator that was run.
+
+    Attributes:
+        site: What decides its result.
+        form: What ran.
+        given: Its operands as they were made; None for one that came from the host in float32.
+        operands: Its operands on the grids that it reads.
+        result: What came out; a tensor of reals where it leaves the accelerator in float32.
+    """
+
+    site: Site
+    form: Lowered
+    given: tuple[Codes | None, ...]
+    operands: tuple[Codes, ...]
+    result: Codes | Tensor
 
 
 class IntegerModel:
@@ -53,15 +74,16 @@ class IntegerModel:
         self._last_use = _last_uses([*self._nodes, self._output])
         self.input_names = result.input_names
 
-    def __call__(self, *inputs: Tensor, watch: Watch | None = None) -> Any:
+    def __call__(self, *inputs: Tensor, watch: Watch | None = None, trace: Trace | None = None) -> Any:
         """The model's outputs, dequantized to float32.
 
         Args:
             inputs: float32, in the order of `input_names`.
             watch: Called with each quantized value as it is made: name of the tensor in the plan, and its codes.
+            trace: Called with each operator as it was run.
         """
         with exact_settings():
-            return self._run(inputs, watch or (lambda name, codes: None))
+            return self._run(inputs, watch or (lambda name, codes: None), trace)
 
     def codes(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Integer codes of every quantized tensor, by its name in the plan, in execution order."""
@@ -91,7 +113,7 @@ class IntegerModel:
             carried = [x.to(carrier(q)) for x, q in zip(operands, site.inputs, strict=True)]
             return form.accumulate(carried).round().long()
 
-    def _run(self, inputs: tuple[Tensor, ...], watch: Watch) -> Any:
+    def _run(self, inputs: tuple[Tensor, ...], watch: Watch, trace: Trace | None) -> Any:
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         for index, node in enumerate(self._nodes):
@@ -100,20 +122,20 @@ class IntegerModel:
             elif node.op == "placeholder":
                 values[node] = next(given)
             else:
-                values[node] = self._value(node, values, watch)
+                values[node] = self._value(node, values, watch, trace)
             for source in [n for n in (*node.all_input_nodes, node) if self._last_use.get(n, index) <= index]:
                 if source.op != "get_attr":
                     values.pop(source, None)
         return fx.map_arg(self._output.args[0], lambda n: _real(values[n]))
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], watch: Watch) -> Any:
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], watch: Watch, trace: Trace | None) -> Any:
         operator = self._operators.get(node.name)
         if operator is None:  # arithmetic of shapes, constants
             return self._call(node, values, _bare)
         if operator.name in self._anchor:
             return values[self._node_of(operator.inputs[0])]
         if operator.name in self.sites:
-            return self._integer(operator, values, watch)
+            return self._integer(operator, values, watch, trace)
         source = values[node.all_input_nodes[0]]
         if operator.is_view and isinstance(source, Codes):
             moved = self._call(node, values, _bare)
@@ -124,17 +146,20 @@ class IntegerModel:
             return self._call(node, values, lambda value: value)
         return self._call(node, values, _real)
 
-    def _integer(self, operator: Operator, values: dict[fx.Node, Any], watch: Watch) -> Any:
+    def _integer(self, operator: Operator, values: dict[fx.Node, Any], watch: Watch, trace: Trace | None) -> Any:
         site, form = self.sites[operator.name], self._forms[operator.name]
-        operands = [
-            self._operand(site, index, name, values, watch).values for index, name in enumerate(operator.inputs)
-        ]
-        found = form.run(operands)
-        if site.output is None:
-            return found if operator.kind not in _MOVERS else Codes(found, site.inputs[0])
-        codes = Codes(found, site.output)
-        watch(site.members[-1].name, codes)
-        return codes
+        operands = [self._operand(site, index, name, values, watch) for index, name in enumerate(operator.inputs)]
+        found: Any = form.run([operand.values for operand in operands])
+        if site.output is not None:
+            found = Codes(found, site.output)
+            watch(site.members[-1].name, found)
+        elif operator.kind in _MOVERS:
+            found = Codes(found, site.inputs[0])
+        if trace is not None:
+            sources = [values[self._node_of(name)] for name in operator.inputs]
+            given = tuple(source if isinstance(source, Codes) else None for source in sources)
+            trace(Executed(site, form, given, tuple(operands), found))
+        return found
 
     def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch) -> Codes:
         value = values[self._node_of(name)]

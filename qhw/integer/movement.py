@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators that move codes, and those that put several tensors on one grid."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import clamped, rescaler
+from qhw.integer.arithmetic import Requantization, clamped, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.products import Lowered
 from qhw.integer.site import Site
 from qhw.numerics import QParams
 
-__all__ = ["lower_concat", "lower_movement", "regridded"]
+__all__ = ["Regridding", "is_one_grid", "lower_concat", "lower_movement", "regridded"]
 
 
 def lower_movement(site: Site) -> Lowered:
@@ -34,8 +34,8 @@ def lower_movement(site: Site) -> Lowered:
         value = torch.tensor(float(site.operator.attributes["value"])) / x.scale
         code = int((value.round() + x.zero_point).clamp(x.quant_min, x.quant_max))
         pads = list(site.operator.attributes["padding"])
-        return Lowered(lambda values: torch.nn.functional.pad(values[0], pads, value=code))
-    return Lowered(lambda values: target(values[0], *rest, **kwargs))
+        return Lowered(lambda values: torch.nn.functional.pad(values[0], pads, value=code), facts={"rule": "move"})
+    return Lowered(lambda values: target(values[0], *rest, **kwargs), facts={"rule": "move"})
 
 
 def lower_concat(site: Site) -> Lowered:
@@ -52,17 +52,39 @@ def lower_concat(site: Site) -> Lowered:
     join: Any = torch.stack if is_stack else torch.cat
     return Lowered(
         lambda values: join([move(value) for move, value in zip(moves, values, strict=True)], axis),
+        facts={"rule": "join", "axis": axis, "stacked": is_stack},
     )
 
 
-def regridded(site: Site, source: QParams, wanted: QParams) -> Callable[[Tensor], Tensor]:
-    """Codes of one grid as codes of another, by the requantization of the operator that reads them."""
+@dataclass(frozen=True)
+class Regridding:
+    """Codes of one grid as codes of another.
+
+    Attributes:
+        source: The grid that codes come from.
+        wanted: The grid that they get.
+        requantize: Of centred codes; None where both grids are one.
+    """
+
+    source: QParams
+    wanted: QParams
+    requantize: Requantization | None
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Codes on the wanted grid, as carried."""
+        if self.requantize is None:
+            return codes
+        centred = codes - self.source.zero_point.to(codes.dtype)
+        limits = self.wanted.quant_min, self.wanted.quant_max
+        return clamped(self.requantize(centred), limits, carrier(self.wanted))
+
+
+def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:
+    """From one grid to another by the requantization of the operator that reads the codes."""
     if is_one_grid(source, wanted):
-        return lambda codes: codes
-    zero = source.zero_point
+        return Regridding(source, wanted, None)
     rescale = rescaler(site, lambda kind: source.scale.to(kind) / wanted.scale.to(kind), int(wanted.zero_point))
-    limits, kept = (wanted.quant_min, wanted.quant_max), carrier(wanted)
-    return lambda codes: clamped(rescale(codes - zero.to(codes.dtype)), limits, kept)
+    return Regridding(source, wanted, rescale)
 
 
 def is_one_grid(a: QParams, b: QParams) -> bool:

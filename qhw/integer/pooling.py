@@ -11,7 +11,7 @@ from qhw.errors import IntegerError
 from qhw.integer.arithmetic import clamped, code_bounds, rescaler, rounding_of
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
-from qhw.integer.products import Lowered
+from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
 from qhw.numerics import QParams, Rounding
 
@@ -28,7 +28,7 @@ def lower_maximum(site: Site) -> Lowered:
         raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
     limits = code_bounds(site)
     function = _call(site)
-    return Lowered(lambda values: function(values[0]).clamp(*limits))
+    return Lowered(lambda values: function(values[0]).clamp(*limits), facts={"rule": "extremum", "clamp": limits})
 
 
 def lower_average(site: Site) -> Lowered:
@@ -43,7 +43,7 @@ def lower_average(site: Site) -> Lowered:
     if site.output is None:
         raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
     x, out = site.inputs[0], site.output
-    count, total = _sum_of(site)
+    count, axes, total = _sum_of(site)
     reach = max(x.quant_max - int(x.zero_point), int(x.zero_point) - x.quant_min) * max(count, 1) * 2
     dtype = exact_dtype(reach)
     zero, limits, kept = x.zero_point.to(dtype), code_bounds(site), carrier(out)
@@ -51,6 +51,7 @@ def lower_average(site: Site) -> Lowered:
     def accumulate(values: Sequence[Tensor]) -> Tensor:
         return total(values[0].to(dtype) - zero)
 
+    sums: dict[str, Fact] = {"axes": axes, "count": count, "clamp": limits}
     divisor = 1 if site.operator.kind == "ReduceSum" else count
     if _is_same(site) and site.operator.kind != "ReduceSum":
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
@@ -62,13 +63,18 @@ def lower_average(site: Site) -> Lowered:
             codes = divide(accumulate(values).long() + offset * divisor, divisor, rule) + rest
             return clamped(codes, limits, kept)
 
-        return Lowered(divided, accumulate)
+        return Lowered(
+            divided,
+            accumulate,
+            {**sums, "rule": "quotient", "divisor": divisor, "offset": offset, "rounding": rule, "zero_point": rest},
+        )
 
     def ratio(kind: torch.dtype) -> Tensor:
         return x.scale.to(kind) / (out.scale.to(kind) * divisor)
 
     rescale = rescaler(site, ratio, int(out.zero_point))
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+    facts = {**sums, "rule": "sum", "requantize": rescale}
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
 def divide(total: Tensor, count: int, rule: Rounding) -> Tensor:
@@ -99,8 +105,8 @@ def _call(site: Site) -> Callable[[Tensor], Tensor]:
     return lambda x: target(x, *rest, **kwargs)
 
 
-def _sum_of(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """How many elements each output sums, and the sum."""
+def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
+    """How many elements each output sums; the axes, none for windows; and the sum."""
     operator, facts = site.operator, site.operator.attributes
     if operator.kind == "AveragePool":
         return _window_sum(site)
@@ -114,14 +120,14 @@ def _sum_of(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
     for axis in axes:
         count *= shape[axis]
     keep = bool(facts.get("keepdim", False))
-    return count, lambda x: x.sum(axes, keepdim=keep)
+    return count, tuple(axes), lambda x: x.sum(axes, keepdim=keep)
 
 
-def _window_sum(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
+def _window_sum(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
     facts = site.operator.attributes
     kernel, stride, padding = facts["kernel"], facts["stride"], facts["padding"]
     counts_padding = facts.get("count_include_pad", True) or not any(padding)
-    if facts.get("ceil_mode") or facts.get("divisor_override") or not counts_padding:
+    if facts.get("ceil_mode") or facts.get("divisor") or not counts_padding:
         raise IntegerError("windows whose counts differ cannot be executed exactly yet")
     dims = len(kernel)
     count = 1
@@ -134,7 +140,7 @@ def _window_sum(site: Site) -> tuple[int, Callable[[Tensor], Tensor]]:
         ones = x.new_ones((channels, 1, *kernel))
         return pool(x, ones, None, stride, padding, 1, channels)  # type: ignore[no-any-return]
 
-    return count, total
+    return count, (), total
 
 
 def _input_shape(site: Site) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of products: convolutions of every form, linear operators, products of two activations."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from qhw.engine import MatrixForm
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds, overflow_of
-from qhw.integer.arithmetic import clamped, code_bounds, rescaler
+from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
 from qhw.integer.site import Site
@@ -19,7 +19,9 @@ from qhw.numerics import PerTensor, QParams, accumulator_bounds
 
 __all__ = [
     "PRODUCT_KINDS",
+    "Fact",
     "Lowered",
+    "Run",
     "centred_weight",
     "lower_matmul",
     "lower_product",
@@ -30,6 +32,7 @@ __all__ = [
 PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 Run = Callable[[Sequence[Tensor]], Tensor]
+Fact = str | int | tuple[int, ...] | Tensor | Requantization
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,12 @@ class Lowered:
     Attributes:
         run: Codes of the operands, as carried -> codes of the result, as carried; reals where `output` is None.
         accumulate: Codes of the operands -> accumulators before requantization; None where there is none.
+        facts: What `run` computes with, by name; `rule` names the formula. Golden vectors show it.
     """
 
     run: Run
     accumulate: Run | None = None
+    facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
 def weight_rows(site: Site) -> tuple[MatrixForm, Tensor]:
@@ -95,11 +100,14 @@ def lower_product(site: Site) -> Lowered:
 
     unit = _unit(site, shape)
     if site.output is None:
-        return Lowered(lambda values: accumulate(values).float() * unit(torch.float32), accumulate)
+        scale = unit(torch.float32)
+        facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": scale}
+        return Lowered(lambda values: accumulate(values).float() * scale, accumulate, facts)
     out = site.output
     rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+    facts = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
 def lower_matmul(site: Site) -> Lowered:
@@ -122,11 +130,14 @@ def lower_matmul(site: Site) -> Lowered:
         return a.scale.to(kind) * b.scale.to(kind)
 
     if site.output is None:
-        return Lowered(lambda values: accumulate(values).float() * unit(torch.float32), accumulate)
+        scale = unit(torch.float32)
+        facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": scale}
+        return Lowered(lambda values: accumulate(values).float() * scale, accumulate, facts)
     out = site.output
     rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate)
+    facts = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
+    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import clamped, code_bounds
 from qhw.integer.codes import carrier
-from qhw.integer.products import Lowered
+from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
 from qhw.numerics import quantize
 
@@ -38,7 +38,8 @@ def lower_table(site: Site) -> Lowered:
     reals = (codes - x.zero_point).float() * x.scale
     values: Tensor = target(reals, *site.node.args[1:], **site.node.kwargs)
     table = clamped(quantize(values, out, name=site.name).long(), code_bounds(site), carrier(out))
-    return Lowered(lambda operands: table[operands[0].long() - x.quant_min])
+    facts: dict[str, Fact] = {"rule": "table", "first": x.quant_min, "table": table}
+    return Lowered(lambda operands: table[operands[0].long() - x.quant_min], facts=facts)
 
 
 def lower_clip(site: Site) -> Lowered:
@@ -56,4 +57,4 @@ def lower_clip(site: Site) -> Lowered:
     limits = [None if b is None else int((torch.tensor(b) / out.scale).round()) + int(out.zero_point) for b in bounds]
     low = low if limits[0] is None else min(max(low, limits[0]), high)
     high = high if limits[1] is None else max(min(high, limits[1]), low)
-    return Lowered(lambda values: values[0].clamp(low, high))
+    return Lowered(lambda values: values[0].clamp(low, high), facts={"rule": "clamp", "clamp": (low, high)})
