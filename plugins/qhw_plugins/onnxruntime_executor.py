@@ -50,20 +50,13 @@ class OnnxRuntime(Executor):
         Raises:
             ExportError: onnxruntime refuses the file, or later an input.
         """
-        import onnx
-
-        model = onnx.load(artefact)
-        shown = {value.name for value in model.graph.output}
-        made = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-        codes = {name: tensor for name in made if (tensor := tensor_of(name)) is not None and name not in shown}
-        known = {value.name: value for value in model.graph.value_info}
-        model.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in codes)
+        model, codes = _with_codes(artefact)
         session = _session(model.SerializeToString(), str(artefact))
         first = len(session.get_outputs()) - len(codes)
 
         def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             found = _run(session, values, str(artefact))[first:]
-            return dict(zip(codes.values(), found, strict=True))
+            return dict(zip(codes, found, strict=True))
 
         return run
 
@@ -74,18 +67,33 @@ class OnnxRuntime(Executor):
         return {"onnxruntime": onnxruntime.__version__, "machine": platform.machine(), "cpu": " ".join(_cpu_flags())}
 
 
-def optimized_operators(artefact: Path, folder: Path) -> Counter[str]:
+def optimized_operators(artefact: Path, folder: Path, *, codes: bool = False) -> Counter[str]:
     """Operator types of the graph that onnxruntime really runs, after its optimizations.
 
     Args:
         artefact: The model.
         folder: Where the optimized model may be written.
+        codes: Of the graph that `OnnxRuntime.load_codes` runs.
     """
     import onnx
 
     optimized = folder / "optimized.onnx"
-    _session(str(artefact), str(artefact), optimized)
+    model = _with_codes(artefact)[0].SerializeToString() if codes else str(artefact)
+    _session(model, str(artefact), optimized)
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
+def _with_codes(artefact: Path) -> tuple[Any, list[str]]:
+    """The model with the codes behind each QuantizeLinear as further outputs; the tensors that they belong to."""
+    import onnx
+
+    model = onnx.load(artefact)
+    shown = {value.name for value in model.graph.output}
+    made = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    codes = {name: tensor for name in made if (tensor := tensor_of(name)) is not None and name not in shown}
+    known = {value.name: value for value in model.graph.value_info}
+    model.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in codes)
+    return model, list(codes.values())
 
 
 def _run(session: Any, values: Mapping[str, np.ndarray], where: str) -> list[np.ndarray]:
