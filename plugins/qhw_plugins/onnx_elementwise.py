@@ -35,7 +35,11 @@ def along(c: Context, node: fx.Node, compute: Any) -> Value | None:
 
 
 def _binary(kind: str, compare: bool = False, swap: bool = False) -> Translation:
-    """Two tensors or a tensor and a number, in the type that torch promotes them to."""
+    """Two tensors or a tensor and a number, in the type that torch promotes them to.
+
+    A summand that is broadcast comes second: there onnxruntime 1.32 adds it to the zero points before the other,
+    whether it keeps the layout or not; as the first, only where it keeps it.
+    """
 
     def translate(c: Context, node: fx.Node) -> Value:
         left, right = node.args[0], node.args[1]
@@ -45,9 +49,17 @@ def _binary(kind: str, compare: bool = False, swap: bool = False) -> Translation
         if alpha != 1:
             scaled = c.op("Mul", a if swap else b, c.tensor(alpha, dtype), part="alpha")
             a, b = (scaled, b) if swap else (a, scaled)
-        return c.op(kind, b, a) if swap else c.op(kind, a, b)
+        turned = swap or (kind == "Add" and alpha == 1 and _is_smaller(left, right))
+        return c.op(kind, b, a) if turned else c.op(kind, a, b)
 
     return translate
+
+
+def _is_smaller(left: Any, right: Any) -> bool:
+    """Whether the first tensor has fewer elements, so that it is broadcast."""
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return False
+    return math.prod(left.meta["shape"]) < math.prod(right.meta["shape"])
 
 
 def _common(*items: Any) -> str:

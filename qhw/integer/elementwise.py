@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler, rounding_of
@@ -21,7 +21,7 @@ def lower_add(site: Site) -> Lowered:
     """Add or Sub.
 
     float32, zero point before rounding (as onnxruntime on x86):
-        round(fma(A, sa/sy, fma(B, sb/sy, zy - fma(sa/sy, za, sb/sy zb))))
+        round(fma(A, sa/sy, fma(B, sb/sy, zy - fma(sa/sy, za, sb/sy zb)))), B the operand that is broadcast
     float32, after:  round((A - za) sa/sy + (B - zb) sb/sy) + zy
     fixed point with a pre-shift of n bits (as LiteRT):  with t = 2 max(sa, sb),
         rescale(rescale((A - za) 2^n, sa/t) + rescale((B - zb) 2^n, sb/t), t / (2^n sy)) + zy
@@ -50,13 +50,16 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
     rounding, limits, kept = rounding_of(site), code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"factor.0": first, "factor.1": second, "rounding": rounding, "clamp": limits}
     if site.spec.rounding_order == "zero_point_before":
-        constant = zy - fma_float32(first, za, second * zb)
+        factors, zeros = (first, second), (za, zb)
+        last, inner = (1, 0) if _is_first_broadcast(site) else (0, 1)
+        constant = zy - fma_float32(factors[last], zeros[last], factors[inner] * zeros[inner])
 
         def before(values: Sequence[Tensor]) -> Tensor:
-            inner = fma_float32(values[1].float(), second, constant)
-            return clamped(round_real(fma_float32(values[0].float(), first, inner), rounding), limits, kept)
+            total = fma_float32(values[inner].float(), factors[inner], constant)
+            total = fma_float32(values[last].float(), factors[last], total)
+            return clamped(round_real(total, rounding), limits, kept)
 
-        return before, {**facts, "rule": "add_fused_float32", "constant": constant}
+        return before, {**facts, "rule": "add_fused_float32", "constant": constant, "order": (inner, last)}
 
     def after(values: Sequence[Tensor]) -> Tensor:
         total = (values[0].float() - za) * first + (values[1].float() - zb) * second
@@ -115,6 +118,25 @@ def lower_mul(site: Site) -> Lowered:
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits}
     return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate, facts)
+
+
+def _is_first_broadcast(site: Site) -> bool:
+    """Whether the first operand is repeated along the second.
+
+    Raises:
+        IntegerError: each is repeated along the other: then their order depends on the layout in memory.
+    """
+    shapes = [tuple(node.meta["shape"]) for node in site.node.args[:2] if isinstance(node, fx.Node)]
+    rank = max(map(len, shapes))
+    first, second = ((*[1] * (rank - len(shape)), *shape) for shape in shapes)
+    if first == second or all(m >= n for m, n in zip(first, second, strict=True)):
+        return False
+    if any(m > n for m, n in zip(first, second, strict=True)):
+        raise IntegerError(
+            f"{site.operator.kind} of operands that are each broadcast along the other cannot be executed exactly: "
+            "the order of its float32 sum is not known"
+        )
+    return True
 
 
 def _operands(site: Site) -> tuple[QParams, QParams, QParams]:
