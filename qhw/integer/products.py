@@ -14,7 +14,7 @@ from qhw.integer.accumulate import Bounds, overflow_of
 from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
-from qhw.integer.site import Site
+from qhw.integer.site import Site, unknown
 from qhw.numerics import PerTensor, QParams, accumulator_bounds
 
 __all__ = [
@@ -84,8 +84,7 @@ def lower_product(site: Site) -> Lowered:
     x = site.inputs[0]
     bounds = product_bounds(site)
     overflow = overflow_of(site, bounds)
-    if site.bias is not None:
-        _check_bias(site)
+    _check_bias(site)
     dtype = exact_dtype(bounds.largest)
     weight = centred_weight(site).to(dtype)
     shape = _output_shape(site)
@@ -100,13 +99,11 @@ def lower_product(site: Site) -> Lowered:
 
     unit = _unit(site, shape)
     if site.output is None:
-        scale = unit(torch.float32)
-        facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": scale}
-        return Lowered(lambda values: accumulate(values).float() * scale, accumulate, facts)
+        return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
     rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    facts = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
+    facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
     return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
@@ -130,13 +127,11 @@ def lower_matmul(site: Site) -> Lowered:
         return a.scale.to(kind) * b.scale.to(kind)
 
     if site.output is None:
-        scale = unit(torch.float32)
-        facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": scale}
-        return Lowered(lambda values: accumulate(values).float() * scale, accumulate, facts)
+        return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
     rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
-    facts = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
+    facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
     return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
@@ -185,12 +180,53 @@ def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
 
 
 def _check_bias(site: Site) -> None:
-    """The bias is in units of the accumulator."""
-    assert site.bias is not None and site.weight is not None
+    """The bias is in units of the accumulator, and none is left out."""
+    if site.bias is None:
+        if site.operator.bias is not None:
+            raise _bias_left_out(site)
+        return
+    assert site.weight is not None and site.kernel is not None
+    applied = site.target.biases[str(site.kernel.bias)].applied
+    if applied == "unknown":
+        raise unknown(f"biases.{site.kernel.bias}.applied", applied)
+    if applied == "after_multiplier":
+        raise IntegerError(f'biases.{site.kernel.bias}.applied = "{applied}" cannot be executed exactly yet')
     unit = _unit(site, [-1])(torch.float32)
     scale = site.bias.qparams.scale
     if bool((site.bias.qparams.zero_point != 0).any()) or not torch.equal(scale.expand(unit.shape), unit):
         raise IntegerError("a bias on another scale than input*weight cannot be executed exactly yet")
+
+
+def _bias_left_out(site: Site) -> IntegerError:
+    """Why an operator's bias is not quantized."""
+    rule = site.kernel.bias if site.kernel is not None else None
+    if rule is None or rule == "unknown":
+        return unknown(f"kernels.{site.kernel_name}.bias", rule)
+    if rule == "none":
+        return IntegerError(f'kernels.{site.kernel_name}.bias = "none", and the operator has a bias')
+    bits = site.target.biases[rule].bits
+    if bits == "float":
+        return IntegerError(f'biases.{rule}.bits = "float" cannot be executed exactly')
+    return unknown(f"biases.{rule}.bits", bits)
+
+
+def _in_reals(site: Site, accumulate: Run, unit: Tensor) -> Lowered:
+    """A result that leaves the accelerator in float32, with the clips that are computed along."""
+    limits: list[tuple[float | None, float | None]] = []
+    for member in site.members[1:]:
+        if member.kind in ("Relu", "Clip"):
+            limits.append((member.attributes.get("minimum"), member.attributes.get("maximum")))
+        elif member.kind != "Dropout":
+            raise IntegerError(f"{member.kind} behind {site.operator.kind} cannot be executed exactly yet")
+
+    def run(values: Sequence[Tensor]) -> Tensor:
+        found = accumulate(values).float() * unit
+        for low, high in limits:
+            found = found.clamp(low, high)
+        return found
+
+    facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": unit}
+    return Lowered(run, accumulate, facts)
 
 
 def product_of(site: Site) -> Callable[[Tensor, Tensor], Tensor]:
