@@ -46,7 +46,9 @@ def overflow_of(site: Site, bounds: Bounds) -> Overflow:
     path, accumulator = site.accumulator
     if accumulator.kind == "float":
         raise IntegerError(f'{path}.kind = "float" cannot be executed exactly')
-    if accumulator.pairwise is not None and accumulator.pairwise != "unknown":
+    if accumulator.pairwise == "unknown":
+        raise unknown(f"{path}.pairwise", accumulator.pairwise)
+    if accumulator.pairwise is not None:
         raise IntegerError(f"{path}.pairwise sums cannot be executed yet")
     if accumulator.bits == "per_layer":
         return _unchanged

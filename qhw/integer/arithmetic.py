@@ -89,7 +89,9 @@ def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int
     """
     path, rule = site.requantize
     kind = _stated(f"{path}.kind", rule.kind)
-    if rule.stages is not None and rule.stages != "unknown":
+    if rule.stages == "unknown":
+        raise unknown(f"{path}.stages", rule.stages)
+    if rule.stages is not None:
         raise IntegerError(f"{path}.stages cannot be executed yet")
     before = site.spec.rounding_order == "zero_point_before"
     if kind == "float32":
@@ -99,7 +101,7 @@ def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int
     if kind == "fixed_point":
         return _fixed_point(site, path, rule, ratio(torch.float64), zero_point)
     if kind == "shift":
-        return _shift(path, ratio(torch.float64), _rounding(site, path, rule), zero_point)
+        return _shift(path, rule, ratio(torch.float64), _rounding(site, path, rule), zero_point)
     raise IntegerError(f'{path}.kind = "{kind}" cannot be executed yet')
 
 
@@ -131,6 +133,9 @@ def _stated(path: str, value: object) -> object:
 def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -> Requantization:
     if before and rounding != "half_even":
         raise IntegerError("a zero point that is added before rounding needs half_even")
+    if not bool((torch.isfinite(ratio) & (ratio > 0)).all()):
+        bad = float(ratio.flatten()[~(torch.isfinite(ratio) & (ratio > 0)).flatten()][0])
+        raise IntegerError(f"its ratio of scales must be a positive float32; got {bad:g}. Change a scale")
     return Requantization("float32", rounding, zero_point, factor=ratio, before=before)
 
 
@@ -152,12 +157,26 @@ def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_po
     return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=right, bits=bits)
 
 
-def _shift(path: str, ratio: Tensor, rounding: Rounding, zero_point: int) -> Requantization:
+def _shift(path: str, rule: Requantize, ratio: Tensor, rounding: Rounding, zero_point: int) -> Requantization:
     mantissa, exponent = torch.frexp(ratio)
     if not bool((mantissa == 0.5).all()):
         bad = float(ratio.flatten()[(mantissa != 0.5).flatten()][0])
         raise IntegerError(f'{path}.kind = "shift" needs a ratio of scales that is a power of two; got {bad:.6g}')
-    return Requantization("shift", rounding, zero_point, shift=(1 - exponent).long())
+    right = (1 - exponent).long()
+    low, high = _shifts(rule)
+    if bool(((right < low) | (right > high)).any()):
+        bad = int(right[(right < low) | (right > high)].flatten()[0])
+        raise IntegerError(f"{path}.shift goes from {low} to {high}, and this operator needs {bad}. Change a scale")
+    return Requantization("shift", rounding, zero_point, shift=right)
+
+
+def _shifts(rule: Requantize) -> tuple[int, int]:
+    """Legal right shifts, as far as they are stated, within what an int64 takes."""
+    low, high = -62, 62
+    if rule.shift is not None and rule.shift != "unknown":
+        low = rule.shift.min if isinstance(rule.shift.min, int) else low
+        high = rule.shift.max if isinstance(rule.shift.max, int) else high
+    return max(low, -62), min(high, 62)
 
 
 def code_bounds(site: Site) -> tuple[int, int]:
@@ -194,4 +213,6 @@ def _narrowed(qparams: QParams, minimum: float | None, maximum: float | None, lo
 
 def clamped(values: Tensor, bounds: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Codes within bounds, in the dtype that carries them."""
-    return values.clamp_(*bounds).to(dtype)
+    values = values.clamp_(*bounds).to(dtype)
+    # float32 has no 2^31 - 1: its clamp stops at 2^31.
+    return values.clamp_(*bounds) if dtype == torch.int64 else values

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
-from qhw.graph import Operator
+from qhw.graph import MOVEMENT_KINDS, Operator
 from qhw.integer.codes import Codes, carrier
 from qhw.integer.exact import exact_settings
 from qhw.integer.lower import Obstacle, lower
@@ -153,7 +153,7 @@ class IntegerModel:
         if site.output is not None:
             found = Codes(found, site.output)
             watch(site.members[-1].name, found)
-        elif operator.kind in _MOVERS:
+        elif operator.kind in MOVEMENT_KINDS:
             found = Codes(found, site.inputs[0])
         if trace is not None:
             sources = [values[self._node_of(name)] for name in operator.inputs]
@@ -164,18 +164,17 @@ class IntegerModel:
     def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch) -> Codes:
         value = values[self._node_of(name)]
         edge = self._points.edge(site.name, index)
-        if isinstance(value, Codes):
-            if edge is None:
-                return value
-            wanted = self._qparams[edge.group]
-            return Codes(regridded(site, value.qparams, wanted)(value.values), wanted)
-        point = edge or self._points.source(self._graph, name)
-        if point is None:
-            raise IntegerError(f"{site.name}: operand '{name}' has no grid. Plan again.")
-        qparams = self._qparams[point.group]
-        codes = Codes(quantize(value, qparams, name=name).to(carrier(qparams)), qparams)
-        watch(point.tensor, codes)
-        return codes
+        if not isinstance(value, Codes):
+            point = self._points.source(self._graph, name) or edge
+            if point is None:
+                raise IntegerError(f"{site.name}: operand '{name}' has no grid. Plan again.")
+            qparams = self._qparams[point.group]
+            value = Codes(quantize(value, qparams, name=name).to(carrier(qparams)), qparams)
+            watch(point.tensor, value)
+        if edge is None:
+            return value
+        wanted = self._qparams[edge.group]
+        return Codes(regridded(site, value.qparams, wanted)(value.values), wanted)
 
     def _node_of(self, name: str) -> fx.Node:
         return self._graph.node(name)
@@ -187,9 +186,6 @@ class IntegerModel:
             return self._graph.module.get_submodule(str(node.target))(*args, **kwargs)
         target: Any = node.target
         return target(*args, **kwargs)
-
-
-_MOVERS = frozenset({"Transpose", "Slice", "Gather", "Pad", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"})
 
 
 def _bare(value: Any) -> Any:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import Requantization, clamped, rescaler
+from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
-from qhw.integer.products import Lowered
+from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
 from qhw.numerics import QParams
 
@@ -28,7 +28,7 @@ def lower_movement(site: Site) -> Lowered:
         raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
     target: Any = site.node.target
     rest, kwargs = list(site.node.args[1:]), dict(site.node.kwargs)
-    if any(isinstance(argument, fx.Node) for argument in rest):
+    if len(site.node.all_input_nodes) > 1:
         raise IntegerError(f"{site.operator.kind} with computed arguments cannot be executed exactly yet")
     if site.operator.kind == "Pad" and site.operator.attributes["mode"] == "constant":
         value = torch.tensor(float(site.operator.attributes["value"])) / x.scale
@@ -50,9 +50,11 @@ def lower_concat(site: Site) -> Lowered:
     moves = [regridded(site, x, out) for x in site.inputs]
     axis, is_stack = int(site.operator.attributes["axis"]), bool(site.operator.attributes.get("stacked"))
     join: Any = torch.stack if is_stack else torch.cat
+    limits = code_bounds(site)
+    facts: dict[str, Fact] = {"rule": "join", "axis": axis, "stacked": is_stack, "clamp": limits}
     return Lowered(
-        lambda values: join([move(value) for move, value in zip(moves, values, strict=True)], axis),
-        facts={"rule": "join", "axis": axis, "stacked": is_stack},
+        lambda values: join([move(value).clamp(*limits) for move, value in zip(moves, values, strict=True)], axis),
+        facts=facts,
     )
 
 

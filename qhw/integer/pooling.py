@@ -120,7 +120,18 @@ def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor
     for axis in axes:
         count *= shape[axis]
     keep = bool(facts.get("keepdim", False))
-    return count, tuple(axes), lambda x: x.sum(axes, keepdim=keep)
+
+    def total(x: Tensor) -> Tensor:
+        found = 1
+        for axis in axes:
+            found *= x.shape[axis]
+        if found != count:  # an axis that is reduced is the batch
+            raise IntegerError(
+                f"{site.name}: sums {found} values of a batch; captured with {count}. Run batches of that size."
+            )
+        return x.sum(axes, keepdim=keep)
+
+    return count, tuple(axes), total
 
 
 def _window_sum(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
