@@ -93,7 +93,7 @@ def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int
         raise unknown(f"{path}.stages", rule.stages)
     if rule.stages is not None:
         raise IntegerError(f"{path}.stages cannot be executed yet")
-    before = site.spec.rounding_order == "zero_point_before"
+    before = site.adds_zero_point_first
     if kind == "float32":
         return _float32(ratio(torch.float32), _rounding(site, path, rule), zero_point, before)
     if before:

@@ -49,7 +49,7 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
     za, zb, zy = (q.zero_point.float() for q in (a, b, out))
     rounding, limits, kept = rounding_of(site), code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"factor.0": first, "factor.1": second, "rounding": rounding, "clamp": limits}
-    if site.spec.rounding_order == "zero_point_before":
+    if site.adds_zero_point_first:
         factors, zeros = (first, second), (za, zb)
         last, inner = (1, 0) if _is_first_broadcast(site) else (0, 1)
         constant = zy - fma_float32(factors[last], zeros[last], factors[inner] * zeros[inner])

@@ -55,7 +55,7 @@ def lower_average(site: Site) -> Lowered:
     divisor = 1 if site.operator.kind == "ReduceSum" else count
     if _is_same(site) and site.operator.kind != "ReduceSum":
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
-        before = site.spec.rounding_order == "zero_point_before"
+        before = site.adds_zero_point_first
         offset, rule = (int(x.zero_point) if before else 0), rounding_of(site)
         rest = int(x.zero_point) - offset
 

@@ -88,6 +88,17 @@ class Site:
         name = self._named("requantize")
         return f"requantize.{name}", self.target.requantize[name]
 
+    @property
+    def adds_zero_point_first(self) -> bool:
+        """Whether the zero point is added before rounding; where the target states nothing, it is added behind.
+
+        Raises:
+            IntegerError: the target says that it is unknown.
+        """
+        if self.spec.rounding_order == "unknown":
+            raise unknown(f"{self.path}.rounding_order", "unknown")
+        return self.spec.rounding_order == "zero_point_before"
+
     def _named(self, field: str) -> str:
         found = getattr(self.kernel, field) if self.kernel is not None else None
         if found is None or found == "unknown":
