@@ -59,7 +59,7 @@ def _is_smaller(left: Any, right: Any) -> bool:
     """Whether the first tensor has fewer elements, so that it is broadcast."""
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return False
-    return math.prod(left.meta["shape"]) < math.prod(right.meta["shape"])
+    return math.prod(shape_of(left)) < math.prod(shape_of(right))
 
 
 def _common(*items: Any) -> str:

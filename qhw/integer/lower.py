@@ -11,6 +11,7 @@ from qhw.integer.elementwise import lower_add, lower_mul
 from qhw.integer.movement import lower_concat, lower_movement
 from qhw.integer.pooling import lower_average, lower_maximum
 from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
+from qhw.integer.real_average import lower_average_pool
 from qhw.integer.site import Site, sites
 from qhw.integer.tables import lower_clip, lower_table
 
@@ -22,7 +23,8 @@ _FORMS: Mapping[str, Callable[[Site], Lowered]] = {
     **dict.fromkeys(("Add", "Sub"), lower_add),
     "Mul": lower_mul,
     "Concat": lower_concat,
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum"), lower_average),
+    "AveragePool": lower_average_pool,
+    **dict.fromkeys(("GlobalAveragePool", "ReduceMean", "ReduceSum"), lower_average),
     **dict.fromkeys(("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"), lower_maximum),
     **dict.fromkeys(("Relu", "Clip"), lower_clip),
     **dict.fromkeys(

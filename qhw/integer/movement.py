@@ -12,7 +12,8 @@ from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescale
 from qhw.integer.codes import carrier
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
-from qhw.numerics import QParams
+from qhw.numerics import QParams, quantize
+from qhw.schema import Approximation
 
 __all__ = ["Regridding", "is_one_grid", "lower_concat", "lower_movement", "regridded"]
 
@@ -65,15 +66,19 @@ class Regridding:
     Attributes:
         source: The grid that codes come from.
         wanted: The grid that they get.
-        requantize: Of centred codes; None where both grids are one.
+        requantize: Of centred codes; None where both grids are one, and where a table says it.
+        table: Code of every code, from the lowest on; None where it is not the target's way.
     """
 
     source: QParams
     wanted: QParams
     requantize: Requantization | None
+    table: Tensor | None = None
 
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes on the wanted grid, as carried."""
+        if self.table is not None:
+            return self.table[codes.long() - self.source.quant_min]
         if self.requantize is None:
             return codes
         centred = codes - self.source.zero_point.to(codes.dtype)
@@ -82,9 +87,17 @@ class Regridding:
 
 
 def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:
-    """From one grid to another by the requantization of the operator that reads the codes."""
+    """From one grid to another by the requantization of the operator that reads the codes.
+
+    Where the target computes that operator by tables: dequantize every code, and quantize it on the other grid.
+    """
     if is_one_grid(source, wanted):
         return Regridding(source, wanted, None)
+    rule = site.spec.approximation
+    if isinstance(rule, Approximation) and rule.kind == "table":
+        codes = torch.arange(source.quant_min, source.quant_max + 1)
+        reals = (codes - source.zero_point).float() * source.scale
+        return Regridding(source, wanted, None, quantize(reals, wanted, name=site.name).to(carrier(wanted)))
     rescale = rescaler(site, lambda kind: source.scale.to(kind) / wanted.scale.to(kind), int(wanted.zero_point))
     return Regridding(source, wanted, rescale)
 

@@ -150,6 +150,9 @@ class Operator(Table):
     rounding_order: Literal["zero_point_after", "zero_point_before"] | Unknown | None = recorded(
         "Whether the zero point is added after rounding or before it."
     )
+    whole_image: Literal["GlobalAveragePool"] | Unknown | None = recorded(
+        "Operator kind as which a window that covers the whole image is computed, where that kind's arithmetic differs."
+    )
     preshift_bits: dict[Id, Count] | Unknown | None = recorded(
         "Per input format the bits operands are shifted left by before they are rescaled and added."
     )
