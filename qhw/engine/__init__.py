@@ -4,7 +4,7 @@
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import MICRO_BATCH, Calibration, CalibrationData, has_labels
 from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, top1
-from qhw.engine.folder import is_result_folder, load_result, save_result, written_files
+from qhw.engine.folder import is_result_folder, load_result, save_result, written_files, written_whole
 from qhw.engine.improve import Improve, improve_layers
 from qhw.engine.layerwise import Layer, layers
 from qhw.engine.matrix_form import MatrixForm
@@ -53,4 +53,5 @@ __all__ = [
     "target_fingerprint",
     "top1",
     "written_files",
+    "written_whole",
 ]

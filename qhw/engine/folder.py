@@ -27,7 +27,7 @@ from qhw.graph.verify import verify_finite
 from qhw.numerics import QParams
 from qhw.schema import TargetSpec, load_target_file, to_json
 
-__all__ = ["is_result_folder", "load_result", "save_result", "why_not_written", "written_files"]
+__all__ = ["is_result_folder", "load_result", "save_result", "why_not_written", "written_files", "written_whole"]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ def save_result(
     Raises:
         ResultError: the place is taken or cannot be written.
     """
-    with _written_whole(folder) as inside:
+    with written_whole(folder, _check_place) as inside:
         graph = result.float_graph
         tensors, headers = _tensors(result)
         _write(inside / "target.json", to_json(result.target).encode())
@@ -124,10 +124,18 @@ def _read_plan(path: Path) -> QuantPlan:
 
 
 @contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside the wanted one, moved into place when the block ends well, removed when it does not."""
+def written_whole(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary folder beside the wanted one, moved into place when the block ends well, removed when it does not.
+
+    Args:
+        folder: The wanted one; what stands there is replaced.
+        check: Called with it first, to refuse a place where something would be lost.
+
+    Raises:
+        ResultError: the place cannot be written.
+    """
     try:
-        _check_place(folder)
+        check(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     except OSError as error:
