@@ -26,6 +26,7 @@ WHITEPAPER_PTQ = Pipeline(
             skip_sites_of=("adaround",),
         ),
         StagePreference(stage="activation_range", algorithms=("cross_entropy", "mse", "min_max", "batch_norm_ranges")),
+        StagePreference(stage="fit", algorithms=("accumulator_projection",)),
     ),
 )
 
@@ -38,6 +39,7 @@ RANGES_PTQ = Pipeline(
         StagePreference(stage="weight_range", algorithms=("mse_weights", "min_max_weights")),
         StagePreference(stage="round", algorithms=("nearest",)),
         StagePreference(stage="activation_range", algorithms=("mse", "min_max")),
+        StagePreference(stage="fit", algorithms=("accumulator_projection",)),
     ),
 )
 

@@ -59,7 +59,7 @@ def _coarsen_weights(work: Work, point: QuantPoint, bits: int) -> None:
         return
     high = 2 ** (bits - 1) - 1
     # A float32 product of two scales may lie half an ulp below the real one.
-    smallest = bias / high / work.qparams[_input_group(work, point.operator)].scale.double() * (1 + 2.0**-20)
+    smallest = bias / high / work.qparams[work.input_group(point.operator)].scale.double() * (1 + 2.0**-20)
     short = bias.isfinite() & (found.scale.double() < smallest)
     if bool(short.any()):
         wanted = torch.where(short, smallest, found.scale.double())
@@ -79,7 +79,7 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
     if rule.scale == "own":
         scale = (bias.abs().max() / high).clamp(min=SMALLEST_SCALE).float()
         return QParams(scale, torch.zeros((), dtype=torch.int32), low, high, PerTensor())
-    scale = work.qparams[_input_group(work, point.operator)].scale * _weight_scale(work, point, len(bias))
+    scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
     scale = scale.clamp(min=SMALLEST_SCALE)
     worst = float((bias / scale.double()).abs().max()) if bias.numel() else 0.0
     if worst > high:
@@ -104,14 +104,3 @@ def _weight_scale(work: Work, point: QuantPoint, out_channels: int) -> Tensor:
         return weights.scale
     # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
     return weights.scale.repeat(out_channels // len(weights.scale))
-
-
-def _input_group(work: Work, operator: str) -> str:
-    """The group of the tensor that an operator multiplies with its weights."""
-    for point in work.plan.points:
-        if point.role == "edge" and point.operator == operator and point.name.endswith(".input.0"):
-            return point.group
-    for point in work.plan.points:
-        if point.role in ("activation", "input") and operator in point.consumers:
-            return point.group
-    raise PlanError(f"{operator}: its input is not quantized, so its bias has no scale. Plan again.")

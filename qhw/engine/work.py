@@ -123,6 +123,20 @@ class Work:
             raise PlanError(f"plan: no point or group '{name}'. Points: {', '.join(self._points)}")
         return tuple(self._groups[name])
 
+    def input_group(self, operator: str) -> str:
+        """The group of the tensor that an operator multiplies with its weights.
+
+        Raises:
+            PlanError: it is not quantized.
+        """
+        for point in self.plan.points:
+            if point.role == "edge" and point.operator == operator and point.name.endswith(".input.0"):
+                return point.group
+        for point in self.plan.points:
+            if point.role in ("activation", "input") and operator in point.consumers:
+                return point.group
+        raise PlanError(f"{operator}: its input is not quantized, so its sums have no scale. Plan again.")
+
     def grid(self, group: str) -> Grid:
         """What the group's format allows."""
         return grid_of(self.target, self.group(group)[0].format)
