@@ -8,20 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qhw.errors import IntegerError
+from qhw.errors import IntegerError, RangeError
 from qhw.integer.site import Site, unknown
 from qhw.numerics import (
     ROUNDING_RULES,
-    QParams,
     Rounding,
     fixed_point_multiplier,
     rescale_fixed_point,
     rescale_float32,
     rescale_shift,
+    round_real,
 )
 from qhw.schema import Requantize
 
-__all__ = ["Requantization", "clamped", "code_bounds", "rescaler", "rounding_of"]
+__all__ = ["Requantization", "clamped", "code_bounds", "fixed_point", "rescaler", "rounding_of"]
+
+Double = Literal["double", "double_half_to_plus_infinity"]
+Ratio = Callable[[torch.dtype, torch.dtype], Tensor]
 
 _BITS = 31  # of a multiplier, where the target leaves it open
 
@@ -31,19 +34,19 @@ class Requantization:
     """From accumulators to codes before the clamp, as data; called with accumulators, it computes them.
 
     Attributes:
-        kind: float32: round(float32(acc) * factor); fixed_point: round(acc * multiplier / 2^(bits + shift)); shift:
-            round(acc / 2^shift).
-        rounding: Its rule; `double` rounds behind the multiplier and behind the shift.
+        kind: float32, float64: round(acc * factor), both in that precision; fixed_point: round(acc * multiplier /
+            2^(bits + shift)); shift: round(acc / 2^shift).
+        rounding: Its rule; those that begin with `double` round behind the multiplier and behind the shift.
         zero_point: What is added in the end.
-        factor: float32, of kind float32; broadcasts against the accumulators.
+        factor: Of kinds float32 and float64, in that dtype; broadcasts against the accumulators.
         multiplier: int64, of kind fixed_point.
         shift: int64 right shifts, of kinds fixed_point and shift.
         bits: Of the multiplier.
         before: Of kind float32: whether the zero point is added to the product, in float32, before rounding.
     """
 
-    kind: Literal["float32", "fixed_point", "shift"]
-    rounding: Rounding | Literal["double"]
+    kind: Literal["float32", "float64", "fixed_point", "shift"]
+    rounding: Rounding | Double
     zero_point: int = 0
     factor: Tensor | None = None
     multiplier: Tensor | None = None
@@ -61,28 +64,35 @@ class Requantization:
             return self._by_factor(acc, self.factor)
         assert self.shift is not None
         if self.multiplier is None or self.bits is None:
-            assert self.rounding != "double"
-            return rescale_shift(acc.long(), self.shift, rounding=self.rounding) + self.zero_point
-        found = rescale_fixed_point(acc.long(), self.multiplier, self.shift, bits=self.bits, rounding=self.rounding)
-        return found + self.zero_point
+            return rescale_shift(acc.long(), self.shift, rounding=_single(self.rounding)) + self.zero_point
+        found = rescale_fixed_point(acc, self.multiplier, self.shift, bits=self.bits, rounding=self.rounding)
+        return found.add_(self.zero_point)
 
     def _by_factor(self, acc: Tensor, factor: Tensor) -> Tensor:
+        if self.kind == "float64":
+            return round_real(acc.double() * factor, _single(self.rounding)).add_(float(self.zero_point))
         if self.before:  # the product is rounded, then the sum, then the result to a whole number
             return (acc.float() * factor + float(self.zero_point)).round_()
         if self.rounding == "half_even":
             return (acc.float() * factor).round_().add_(float(self.zero_point))
-        assert self.rounding != "double"
-        return rescale_float32(acc, factor, rounding=self.rounding).float().add_(float(self.zero_point))
+        return rescale_float32(acc, factor, rounding=_single(self.rounding)).float().add_(float(self.zero_point))
 
 
-def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int) -> Requantization:
+def _single(rounding: Rounding | Double) -> Rounding:
+    assert rounding != "double" and rounding != "double_half_to_plus_infinity"
+    return rounding
+
+
+def rescaler(site: Site, ratio: Ratio, zero_point: int, count: int | None = None) -> Requantization:
     """The requantization of one operator.
 
     Args:
         site: The operator.
-        ratio: In the dtype asked for: what one unit of the accumulator is in units of the output scale; shaped to
-            broadcast against the accumulator. A float32 ratio is rounded after every operation, in the target's order.
+        ratio: What one unit of the accumulator is in units of the output scale, shaped to broadcast against the
+            accumulator. Asked for with two dtypes, in which every operation rounds: of the product of input scales,
+            and of its division.
         zero_point: Of the output.
+        count: What the multiplier is divided by, beside the ratio; None: nothing.
 
     Raises:
         IntegerError: the target leaves a field open that decides, or asks for arithmetic that qhw does not have.
@@ -94,14 +104,20 @@ def rescaler(site: Site, ratio: Callable[[torch.dtype], Tensor], zero_point: int
     if rule.stages is not None:
         raise IntegerError(f"{path}.stages cannot be executed yet")
     before = site.adds_zero_point_first
+    if count is not None and kind != "fixed_point":
+        raise IntegerError(f'{site.path}.mean_count = "multiplier" needs requantize kind fixed_point')
     if kind == "float32":
-        return _float32(ratio(torch.float32), _rounding(site, path, rule), zero_point, before)
+        return _float32(ratio(torch.float32, torch.float32), _rounding(site, path, rule), zero_point, before)
     if before:
         raise IntegerError(f'{site.path}.rounding_order = "zero_point_before" needs requantize kind float32')
+    if kind == "float64":
+        factor = ratio(*_precisions(site)).double()
+        return Requantization("float64", _rounding(site, path, rule), zero_point, factor=factor)
     if kind == "fixed_point":
-        return _fixed_point(site, path, rule, ratio(torch.float64), zero_point)
+        return fixed_point(site, ratio(*_precisions(site)).double(), zero_point, count)
     if kind == "shift":
-        return _shift(path, rule, ratio(torch.float64), _rounding(site, path, rule), zero_point)
+        exact = ratio(torch.float64, torch.float64)
+        return _shift(path, rule, exact, _rounding(site, path, rule), zero_point)
     raise IntegerError(f'{path}.kind = "{kind}" cannot be executed yet')
 
 
@@ -139,8 +155,31 @@ def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -
     return Requantization("float32", rounding, zero_point, factor=ratio, before=before)
 
 
-def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_point: int) -> Requantization:
-    rounding = rule.rounding if rule.rounding == "double" else _rounding(site, path, rule)
+def _precisions(site: Site) -> tuple[torch.dtype, torch.dtype]:
+    """Of the product of input scales, and of its division by the output scale."""
+    how = site.spec.ratio
+    if how == "unknown":
+        raise unknown(f"{site.path}.ratio", how)
+    product = torch.float32 if how in ("float32", "float32_product") else torch.float64
+    return product, torch.float32 if how == "float32" else torch.float64
+
+
+def fixed_point(site: Site, ratio: Tensor, zero_point: int = 0, count: int | None = None) -> Requantization:
+    """A multiplier and a shift next to a ratio, as the operator's requantization has them.
+
+    Args:
+        site: The operator.
+        ratio: float64.
+        zero_point: What is added in the end.
+        count: What the multiplier is divided by; None: nothing.
+
+    Raises:
+        IntegerError: the target leaves a field open, or has no such multiplier.
+    """
+    path, rule = site.requantize
+    own = site.spec.rounding or rule.rounding
+    rounding: Rounding | Double
+    rounding = own if own == "double" or own == "double_half_to_plus_infinity" else _rounding(site, path, rule)
     bits = rule.multiplier_bits if isinstance(rule.multiplier_bits, int) else None
     if bits is None:
         raise unknown(f"{path}.multiplier_bits", rule.multiplier_bits)
@@ -151,9 +190,15 @@ def _fixed_point(site: Site, path: str, rule: Requantize, ratio: Tensor, zero_po
     low = shift.min if isinstance(shift.min, int) else low
     high = shift.max if isinstance(shift.max, int) else high
     out_of_range = rule.out_of_range if rule.out_of_range in ("saturate", "zero_scale", "refuse") else "refuse"
-    multiplier, right = fixed_point_multiplier(
-        ratio, bits=bits, shift_min=low, shift_max=high, out_of_range=out_of_range
-    )
+    try:
+        multiplier, right = fixed_point_multiplier(
+            ratio, bits=bits, shift_min=low, shift_max=high, out_of_range=out_of_range
+        )
+    except RangeError as error:
+        raise IntegerError(f"{path}: {error}") from error
+    if count is not None:
+        more = (high - right).clamp(max=min(count.bit_length() - 1, 62 - bits))
+        multiplier, right = (multiplier << more) // count, right + more
     return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=right, bits=bits)
 
 
@@ -182,27 +227,31 @@ def _shifts(rule: Requantize) -> tuple[int, int]:
 def code_bounds(site: Site) -> tuple[int, int]:
     """Lowest and highest code of the result, behind the clips that are computed along.
 
-    A bound becomes a code as quantization has it: round(bound / scale) + zero point.
+    A bound becomes a code as quantization has it: round(bound / scale) + zero point, by the rounding of the output's
+    format; half to even where it states none.
 
     Raises:
         IntegerError: something else than a clip is computed along.
     """
     assert site.output is not None
     low, high = site.output.quant_min, site.output.quant_max
-    for member in site.members[1:]:
+    for member in site.members[0 if site.operator.kind in ("Relu", "Clip") else 1 :]:
         if member.kind == "Dropout":
             continue
         if member.kind not in ("Relu", "Clip"):
             raise IntegerError(f"{member.kind} behind {site.operator.kind} cannot be executed exactly yet")
         facts = member.attributes
-        low, high = _narrowed(site.output, facts.get("minimum"), facts.get("maximum"), low, high)
+        low, high = _narrowed(site, facts.get("minimum"), facts.get("maximum"), low, high)
     return low, high
 
 
-def _narrowed(qparams: QParams, minimum: float | None, maximum: float | None, low: int, high: int) -> tuple[int, int]:
+def _narrowed(site: Site, minimum: float | None, maximum: float | None, low: int, high: int) -> tuple[int, int]:
+    qparams, rounding = site.output, site.code_rounding
+    assert qparams is not None
+
     def code(bound: float) -> int:
         scaled = torch.tensor(bound, dtype=torch.float32) / qparams.scale
-        return int(scaled.round().clamp(-(2.0**40), 2.0**40)) + int(qparams.zero_point)
+        return int(round_real(scaled, rounding).clamp(-(2.0**40), 2.0**40)) + int(qparams.zero_point)
 
     if minimum is not None:
         low = min(max(low, code(minimum)), high)

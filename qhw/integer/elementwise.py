@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, fx
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler, rounding_of
+from qhw.integer.arithmetic import clamped, code_bounds, fixed_point, rescaler, rounding_of
 from qhw.integer.codes import carrier
 from qhw.integer.pair_table import by_table
 from qhw.integer.products import Fact, Lowered, Run
 from qhw.integer.site import Site, unknown
-from qhw.numerics import QParams, fixed_point_multiplier, fma_float32, round_real
+from qhw.numerics import QParams, fma_float32, round_real
 
 __all__ = ["lower_add", "lower_mul"]
 
@@ -69,7 +69,6 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
 
 
 def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
-    path, rule = site.requantize
     table = site.spec.preshift_bits
     where = f"{site.path}.preshift_bits"
     if not isinstance(table, dict):
@@ -79,17 +78,8 @@ def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int
     if not isinstance(bits, int):
         raise unknown(where, bits)
     twice = 2 * torch.maximum(a.scale, b.scale).double()
-    rounding = "double" if rule.rounding == "double" else rounding_of(site)
-    width = rule.multiplier_bits
-    if not isinstance(width, int):
-        raise unknown(f"{path}.multiplier_bits", width)
-
-    def scaled(ratio: Tensor, zero_point: int = 0) -> Requantization:
-        multiplier, shift = fixed_point_multiplier(ratio, bits=width)
-        return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=shift, bits=width)
-
-    first, second = scaled(a.scale.double() / twice), scaled(b.scale.double() / twice)
-    last = scaled(twice / (2**bits * out.scale.double()), int(out.zero_point))
+    first, second = (fixed_point(site, q.scale.double() / twice) for q in (a, b))
+    last = fixed_point(site, twice / (2**bits * out.scale.double()), int(out.zero_point))
     za, zb = int(a.zero_point), int(b.zero_point)
 
     def add(values: Sequence[Tensor]) -> Tensor:
@@ -114,7 +104,10 @@ def lower_mul(site: Site) -> Lowered:
         x, y = (v.long() - z for v, z in zip(values, zeros, strict=True))
         return x * y
 
-    rescale = rescaler(site, lambda kind: a.scale.to(kind) * b.scale.to(kind) / out.scale.to(kind), int(out.zero_point))
+    def ratio(product: torch.dtype, quotient: torch.dtype) -> Tensor:
+        return (a.scale.to(product) * b.scale.to(product)).to(quotient) / out.scale.to(quotient)
+
+    rescale = rescaler(site, ratio, int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits}
     return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate, facts)

@@ -9,11 +9,11 @@ from qhw.errors import IntegerError
 from qhw.graph import MOVEMENT_KINDS
 from qhw.integer.elementwise import lower_add, lower_mul
 from qhw.integer.movement import lower_concat, lower_movement
-from qhw.integer.pooling import lower_average, lower_maximum
+from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
 from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
 from qhw.integer.site import Site, sites
-from qhw.integer.tables import lower_clip, lower_table
+from qhw.integer.tables import lower_clip, lower_slopes, lower_table
 
 __all__ = ["Obstacle", "lower"]
 
@@ -26,10 +26,12 @@ _FORMS: Mapping[str, Callable[[Site], Lowered]] = {
     "AveragePool": lower_average_pool,
     **dict.fromkeys(("GlobalAveragePool", "ReduceMean", "ReduceSum"), lower_average),
     **dict.fromkeys(("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"), lower_maximum),
+    **dict.fromkeys(("Max", "Min"), lower_extremum),
     **dict.fromkeys(("Relu", "Clip"), lower_clip),
+    **dict.fromkeys(("LeakyRelu", "Abs"), lower_slopes),
     **dict.fromkeys(
-        ("Sigmoid", "Tanh", "LeakyRelu", "Elu", "HardSigmoid", "HardSwish", "Silu", "Mish", "Softplus", "Gelu",
-         "Exp", "Sqrt", "Rsqrt", "Log", "Abs", "Neg"),
+        ("Sigmoid", "Tanh", "Elu", "HardSigmoid", "HardSwish", "Silu", "Mish", "Softplus", "Gelu",
+         "Exp", "Sqrt", "Rsqrt", "Log", "Neg"),
         lower_table,
     ),
     **dict.fromkeys(MOVEMENT_KINDS, lower_movement),

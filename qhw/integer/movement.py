@@ -98,7 +98,7 @@ def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:
         codes = torch.arange(source.quant_min, source.quant_max + 1)
         reals = (codes - source.zero_point).float() * source.scale
         return Regridding(source, wanted, None, quantize(reals, wanted, name=site.name).to(carrier(wanted)))
-    rescale = rescaler(site, lambda kind: source.scale.to(kind) / wanted.scale.to(kind), int(wanted.zero_point))
+    rescale = rescaler(site, lambda _, kind: source.scale.to(kind) / wanted.scale.to(kind), int(wanted.zero_point))
     return Regridding(source, wanted, rescale)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qhw.errors import IntegerError
@@ -12,10 +13,10 @@ from qhw.integer.arithmetic import clamped, code_bounds, rescaler, rounding_of
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
 from qhw.integer.products import Fact, Lowered
-from qhw.integer.site import Site
+from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, Rounding
 
-__all__ = ["lower_average", "lower_maximum"]
+__all__ = ["lower_average", "lower_extremum", "lower_maximum"]
 
 
 def lower_maximum(site: Site) -> Lowered:
@@ -31,14 +32,28 @@ def lower_maximum(site: Site) -> Lowered:
     return Lowered(lambda values: function(values[0]).clamp(*limits), facts={"rule": "extremum", "clamp": limits})
 
 
+def lower_extremum(site: Site) -> Lowered:
+    """Max or Min of two tensors: codes in the order of their reals; all on one grid.
+
+    Raises:
+        IntegerError: the grids differ, or an operand is a constant.
+    """
+    if len(site.inputs) != 2 or not _is_same(site) or _grid(site.inputs[0]) != _grid(site.inputs[1]):
+        raise IntegerError(f"{site.operator.kind} needs two activations and its result on one grid to be exact")
+    limits = code_bounds(site)
+    target: Any = site.node.target
+    facts: dict[str, Fact] = {"rule": "extremum", "clamp": limits}
+    return Lowered(lambda values: target(values[0], values[1]).clamp(*limits), facts=facts)
+
+
 def lower_average(site: Site) -> Lowered:
     """AveragePool, GlobalAveragePool, ReduceMean, ReduceSum: the sum of centred codes is the accumulator.
 
-    On one grid the sum is divided by the count; else the scales and the count make one multiplier. Zeros that a window
-    pads with are codes of 0.0.
+    On one grid the sum is divided by the count; else the scales and the count make one multiplier, and so they do on
+    one grid where the target divides the multiplier. Zeros that a window pads with are codes of 0.0.
 
     Raises:
-        IntegerError: the target leaves open what decides, or windows at the border have other counts.
+        IntegerError: the target leaves open what decides.
     """
     if site.output is None:
         raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
@@ -52,8 +67,9 @@ def lower_average(site: Site) -> Lowered:
         return total(values[0].to(dtype) - zero)
 
     sums: dict[str, Fact] = {"axes": axes, "count": count, "clamp": limits}
-    divisor = 1 if site.operator.kind == "ReduceSum" else count
-    if _is_same(site) and site.operator.kind != "ReduceSum":
+    divisor = 1 if site.operator.kind == "ReduceSum" else _divisor(site, count)
+    folded = _folded_count(site, divisor)
+    if _is_same(site) and site.operator.kind != "ReduceSum" and folded is None:
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
         before = site.adds_zero_point_first
         offset, rule = (int(x.zero_point) if before else 0), rounding_of(site)
@@ -69,16 +85,28 @@ def lower_average(site: Site) -> Lowered:
             {**sums, "rule": "quotient", "divisor": divisor, "offset": offset, "rounding": rule, "zero_point": rest},
         )
 
-    def ratio(kind: torch.dtype) -> Tensor:
-        return x.scale.to(kind) / (out.scale.to(kind) * divisor)
+    def ratio(_: torch.dtype, kind: torch.dtype) -> Tensor:
+        return x.scale.to(kind) / (out.scale.to(kind) * (divisor if folded is None else 1))
 
-    rescale = rescaler(site, ratio, int(out.zero_point))
+    rescale = rescaler(site, ratio, int(out.zero_point), folded)
     facts = {**sums, "rule": "sum", "requantize": rescale}
     return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
 
 
-def divide(total: Tensor, count: int, rule: Rounding) -> Tensor:
-    """round(total / count) by a named rule, exact: int64 [*shape] -> int64 [*shape]; count > 0."""
+def _folded_count(site: Site, divisor: int | Tensor) -> int | None:
+    """The count that divides the multiplier; None where it divides the ratio."""
+    how = site.spec.mean_count
+    if how == "unknown":
+        raise unknown(f"{site.path}.mean_count", how)
+    if how != "multiplier" or site.operator.kind == "ReduceSum":
+        return None
+    if isinstance(divisor, Tensor):
+        raise IntegerError(f'{site.path}.mean_count = "multiplier" needs windows of one count')
+    return divisor
+
+
+def divide(total: Tensor, count: int | Tensor, rule: Rounding) -> Tensor:
+    """round(total / count) by a named rule, exact: int64 [*shape] -> int64 [*shape]; count > 0, broadcasts."""
     floor = torch.div(total, count, rounding_mode="floor")
     twice = 2 * (total - floor * count)
     if rule == "floor":
@@ -136,10 +164,10 @@ def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor
 
 def _window_sum(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
     facts = site.operator.attributes
-    kernel, stride, padding = facts["kernel"], facts["stride"], facts["padding"]
-    counts_padding = facts.get("count_include_pad", True) or not any(padding)
-    if facts.get("ceil_mode") or facts.get("divisor") or not counts_padding:
+    kernel, stride = facts["kernel"], facts["stride"]
+    if facts.get("divisor"):
         raise IntegerError("windows whose counts differ cannot be executed exactly yet")
+    edges = [edge for *_, before, after in reversed(_windows(site)) for edge in (before, after)]
     dims = len(kernel)
     count = 1
     for size in kernel:
@@ -149,9 +177,35 @@ def _window_sum(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Te
     def total(x: Tensor) -> Tensor:
         channels = x.shape[-dims - 1]
         ones = x.new_ones((channels, 1, *kernel))
-        return pool(x, ones, None, stride, padding, 1, channels)  # type: ignore[no-any-return]
+        return pool(F.pad(x, edges), ones, None, stride, 0, 1, channels)  # type: ignore[no-any-return]
 
     return count, (), total
+
+
+def _windows(site: Site) -> list[tuple[int, int, int, int, int, int]]:
+    """Per dimension: size, outputs, kernel, stride, zeros before, zeros behind as far as windows reach."""
+    facts = site.operator.attributes
+    kernel, stride, padding = facts["kernel"], facts["stride"], facts["padding"]
+    sizes, outputs = (shape[-len(kernel) :] for shape in (_input_shape(site), tuple(site.node.meta["shape"])))
+    return [
+        (n, m, k, s, p, max(p, (m - 1) * s + k - n - p))
+        for n, m, k, s, p in zip(sizes, outputs, kernel, stride, padding, strict=True)
+    ]
+
+
+def _divisor(site: Site, count: int) -> int | Tensor:
+    """What a sum is divided by: one count, or int64 [*spatial] where windows at the border hold fewer elements."""
+    facts = site.operator.attributes
+    if site.operator.kind != "AveragePool":
+        return count
+    counts = torch.ones((), dtype=torch.int64)
+    for size, outputs, kernel, stride, padding, _ in _windows(site):
+        start = torch.arange(outputs) * stride - padding
+        end = (start + kernel).clamp(max=size + padding)
+        if not facts.get("count_include_pad", True):
+            start, end = start.clamp(min=0), end.clamp(max=size)
+        counts = counts[..., None] * (end - start)
+    return count if bool((counts == count).all()) else counts
 
 
 def _input_shape(site: Site) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ def lower_product(site: Site) -> Lowered:
     if site.output is None:
         return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
-    rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
+    rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
     return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
@@ -129,7 +129,7 @@ def lower_matmul(site: Site) -> Lowered:
     if site.output is None:
         return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
-    rescale = rescaler(site, lambda kind: unit(kind) / out.scale.to(kind), int(out.zero_point))
+    rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
     return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
@@ -177,6 +177,10 @@ def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
         # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
         scale = scale.repeat(int(site.operator.attributes["out_channels"]) // len(scale)).reshape(shape)
     return lambda kind: x.scale.to(kind) * scale.to(kind)
+
+
+def _ratio(unit: Callable[[torch.dtype], Tensor], out: QParams) -> Callable[[torch.dtype, torch.dtype], Tensor]:
+    return lambda product, quotient: unit(product).to(quotient) / out.scale.to(quotient)
 
 
 def _check_bias(site: Site) -> None:

@@ -10,8 +10,8 @@ from qhw.decisions import QuantPlan
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
 from qhw.graph import Graph, Operator, OperatorPlacement, QuantPoint
-from qhw.numerics import QParams
-from qhw.schema import Accumulator, Kernel, Requantize, TargetSpec
+from qhw.numerics import ROUNDING_RULES, QParams, Rounding
+from qhw.schema import Accumulator, Format, Kernel, Requantize, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
 __all__ = ["Constant", "Site", "sites"]
@@ -45,6 +45,7 @@ class Site:
         kernel: Its kernel; None for an operator that only moves data.
         inputs: QParams of each operand that is an activation.
         output: QParams of the result; None where it leaves the accelerator in float.
+        output_format: The target's entry for the grid of the result.
         weight: The constant operand.
         bias: The bias.
         target: For what the kernel names.
@@ -59,6 +60,7 @@ class Site:
     kernel_name: str
     inputs: tuple[QParams, ...]
     output: QParams | None
+    output_format: Format | None
     weight: Constant | None
     bias: Constant | None
     target: TargetSpec
@@ -87,6 +89,20 @@ class Site:
         """
         name = self._named("requantize")
         return f"requantize.{name}", self.target.requantize[name]
+
+    @property
+    def code_rounding(self) -> Rounding:
+        """How real values become codes of the result: bounds of clips, entries of tables.
+
+        Raises:
+            IntegerError: the target names no single rounding.
+        """
+        found = self.output_format.rounding if self.output_format is not None else None
+        if found is None:
+            return "half_even"
+        if found not in ROUNDING_RULES:
+            raise IntegerError(f'formats.*.rounding = "{found}" names no single rounding')
+        return found  # type: ignore[return-value]
 
     @property
     def adds_zero_point_first(self) -> bool:
@@ -147,6 +163,7 @@ class _Reader:
             kernel_name=str(placement.kernel),
             inputs=tuple(self._qparams[point.group] for point in read if point is not None),
             output=None if produced is None else self._qparams[produced.group],
+            output_format=None if produced is None else self._result.target.formats.get(produced.format),
             weight=self._constant(self._points.weights, operator),
             bias=self._constant(self._points.biases, operator),
             target=self._result.target,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of one operand, by a table with an entry for every code."""
+"""Functions of one operand: clamps, lines, and tables with an entry for every code."""
 
 from typing import Any
 
@@ -7,19 +7,22 @@ import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import clamped, code_bounds
+from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
+from qhw.integer.movement import regridded
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
 from qhw.numerics import quantize
 
-__all__ = ["lower_clip", "lower_table"]
+__all__ = ["lower_clip", "lower_slopes", "lower_table"]
 
 _LARGEST = 2**16
 
 
 def lower_table(site: Site) -> Lowered:
     """A function evaluated once for every input code: dequantize, compute in float32, quantize.
+
+    Entries are rounded as the output's format says, half to even where it says nothing.
 
     Raises:
         IntegerError: the target computes something else than a table, or the input has too many codes for one.
@@ -31,30 +34,71 @@ def lower_table(site: Site) -> Lowered:
     if out is None:
         raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
     size = x.quant_max - x.quant_min + 1
-    if size > _LARGEST or isinstance(rule.sample_step, int):
-        raise IntegerError(f"{site.path}: a table of {size} codes or with interpolation cannot be executed yet")
+    entries = rule.entries if isinstance(rule.entries, int) else size
+    if size > _LARGEST or isinstance(rule.sample_step, int) or entries < size:
+        raise IntegerError(
+            f"{site.path}: a table of {entries} entries for {size} codes or with interpolation cannot be executed yet"
+        )
     target: Any = site.node.target
     codes = torch.arange(x.quant_min, x.quant_max + 1)
     reals = (codes - x.zero_point).float() * x.scale
     values: Tensor = target(reals, *site.node.args[1:], **site.node.kwargs)
-    table = clamped(quantize(values, out, name=site.name).long(), code_bounds(site), carrier(out))
+    table = clamped(quantize(values, out, site.code_rounding, site.name).long(), code_bounds(site), carrier(out))
     facts: dict[str, Fact] = {"rule": "table", "first": x.quant_min, "table": table}
     return Lowered(lambda operands: table[operands[0].long() - x.quant_min], facts=facts)
 
 
 def lower_clip(site: Site) -> Lowered:
-    """Relu or Clip on its own, input and output on one grid: a clamp of codes.
+    """Relu or Clip on its own: a clamp of codes, behind a requantization where input and output are on two grids.
 
     Raises:
-        IntegerError: the grids differ.
+        IntegerError: the target leaves open how codes get to the other grid.
     """
     x, out = site.inputs[0], site.output
-    if out is None or (float(x.scale), int(x.zero_point)) != (float(out.scale), int(out.zero_point)):
-        raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
-    facts = site.operator.attributes
-    bounds = [facts.get("minimum"), facts.get("maximum")]
-    low, high = code_bounds(site)
-    limits = [None if b is None else int((torch.tensor(b) / out.scale).round()) + int(out.zero_point) for b in bounds]
-    low = low if limits[0] is None else min(max(low, limits[0]), high)
-    high = high if limits[1] is None else max(min(high, limits[1]), low)
-    return Lowered(lambda values: values[0].clamp(low, high), facts={"rule": "clamp", "clamp": (low, high)})
+    if out is None:
+        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
+    move, limits, kept = regridded(site, x, out), code_bounds(site), carrier(out)
+    facts: dict[str, Fact] = {"rule": "clamp", "clamp": limits}
+    if move.requantize is None:
+        return Lowered(lambda values: values[0].clamp(*limits), facts=facts)
+    scaled, zero_point = move.requantize, x.zero_point
+    return Lowered(
+        lambda values: clamped(scaled(values[0] - zero_point.to(values[0].dtype)), limits, kept),
+        facts={**facts, "requantize": scaled},
+    )
+
+
+def lower_slopes(site: Site) -> Lowered:
+    """LeakyRelu or Abs: as its table where the target has one, else each side of 0 by a requantization of its own.
+
+        round((q - zx) sx/sy) + zy where q >= zx, else round((q - zx) sx slope/sy) + zy
+
+    Abs rescales -(q - zx) there. Evaluated once for every code.
+
+    Raises:
+        IntegerError: the target leaves open what decides, or the slope is negative.
+    """
+    if site.spec.approximation is not None:
+        return lower_table(site)
+    x, out = site.inputs[0], site.output
+    size = x.quant_max - x.quant_min + 1
+    if out is None or size > _LARGEST:
+        raise IntegerError(f"{site.operator.kind} with a float result or of {size} codes cannot be executed yet")
+    slope = 1.0 if site.operator.kind == "Abs" else float(site.operator.attributes["slope"])
+    if slope <= 0:
+        raise IntegerError(f"{site.operator.kind} with slope {slope:g} cannot be executed exactly yet")
+
+    def side(factor: float) -> Requantization:
+        def ratio(product: torch.dtype, quotient: torch.dtype) -> Tensor:
+            scaled = x.scale.to(product) * torch.tensor(factor, dtype=torch.float32).to(product)
+            return scaled.to(quotient) / out.scale.to(quotient)
+
+        return rescaler(site, ratio, int(out.zero_point))
+
+    above, below = side(1.0), side(slope)
+    codes = torch.arange(x.quant_min, x.quant_max + 1) - x.zero_point
+    negative = -codes if site.operator.kind == "Abs" else codes
+    values = torch.where(codes >= 0, above(codes), below(negative))
+    table = clamped(values, code_bounds(site), carrier(out))
+    facts: dict[str, Fact] = {"rule": "table", "first": x.quant_min, "table": table}
+    return Lowered(lambda operands: table[operands[0].long() - x.quant_min], facts=facts)

@@ -101,7 +101,7 @@ class Stage(Table):
 class Requantize(Table):
     """From the accumulator to the output code."""
 
-    kind: Literal["float32", "fixed_point", "shift", "thresholds", "none"] | Unknown | None = recorded(
+    kind: Literal["float32", "float64", "fixed_point", "shift", "thresholds", "none"] | Unknown | None = recorded(
         "By a float factor, an integer multiplier and a shift, a shift alone, comparisons with thresholds, or not."
     )
     rounding: Rounding | Unknown | None = recorded(
@@ -123,7 +123,7 @@ class Requantize(Table):
 
     def rules(self) -> Iterator[Problem]:
         """Fields belong to their kind."""
-        if self.multiplier_bits is not None and self.kind in ("shift", "thresholds", "none"):
+        if self.multiplier_bits is not None and self.kind in ("float64", "shift", "thresholds", "none"):
             yield Problem(("multiplier_bits",), f'kind = "{self.kind}" has no multiplier. Remove it, or change kind.')
         if self.selectable is not None and self.rounding not in ("selectable", "unknown"):
             yield Problem(("selectable",), 'needs rounding = "selectable". Change rounding, or remove it.')

@@ -150,6 +150,16 @@ class Operator(Table):
     rounding_order: Literal["zero_point_after", "zero_point_before"] | Unknown | None = recorded(
         "Whether the zero point is added after rounding or before it."
     )
+    ratio: Literal["float32", "float64", "float32_product"] | Unknown | None = recorded(
+        "Precision in which input scales over output scale become the ratio behind a `fixed_point` or `float64` "
+        "requantization: every step in float32; all in float64; `float32_product`: the product of input scales in "
+        "float32, the division in float64. Absent: float64."
+    )
+    mean_count: Literal["ratio", "multiplier"] | Unknown | None = recorded(
+        "Where a mean's count n divides: the ratio of scales; or its `fixed_point` multiplier m, also where input and "
+        "output share a scale: floor(m * 2^k / n) and a shift k longer, 2^k the largest power of two up to n that the "
+        "legal shifts leave room for. Absent: ratio."
+    )
     whole_image: Literal["GlobalAveragePool"] | Unknown | None = recorded(
         "Operator kind as which a window that covers the whole image is computed, where that kind's arithmetic differs."
     )
