@@ -102,20 +102,23 @@ def _proof(site: Site) -> Proof:
 def _witness(site: Site, bounds: Bounds) -> Witness | None:
     """The input that attains the widest channel's bound, run through the operator; None where none does.
 
-    The gradient of one accumulator by the input is the weight that each input meets, padding and dilation included:
-    each input goes to the end of its range that its weight's sign asks for.
+    The position is one whose taps meet the most weight, padding left out. The gradient of its accumulator by the input
+    is the weight that each input meets, padding and dilation included: each input goes to the end of its range that its
+    weight's sign asks for.
     """
-    magnitude = torch.maximum(bounds.highest, -bounds.lowest)
-    channel = int(magnitude.argmax())
-    wants_highest = int(bounds.highest[channel]) >= -int(bounds.lowest[channel])
+    # Two's complement holds one number more below 0 than above: ~lowest = -lowest - 1 weighs both sides alike.
+    channel = int(torch.maximum(bounds.highest, ~bounds.lowest).argmax())
+    wants_highest = int(bounds.highest[channel]) >= ~int(bounds.lowest[channel])
     bound = int(bounds.highest[channel] if wants_highest else bounds.lowest[channel])
-    shape = (1, *tuple(site.node.all_input_nodes[0].meta["shape"])[1:])
+    data = next(node for node in site.node.all_input_nodes if node.op != "get_attr")
+    shape = (1, *tuple(data.meta["shape"])[1:])
     axis = -1 if site.operator.kind == "Gemm" else 1
     weight, product = centred_weight(site).double(), product_of(site)
     with exact_settings(), torch.enable_grad():
         x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
         row = product(x, weight).select(axis, channel)
-        position = tuple(size // 2 for size in row.shape[1:])
+        met = product(torch.ones_like(x), weight.abs()).select(axis, channel)[0]
+        position = tuple(int(i) for i in torch.unravel_index(met.argmax(), met.shape))
         row[(0, *position)].backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     q = site.inputs[0]
