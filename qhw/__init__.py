@@ -21,6 +21,7 @@ __all__ = [
     "capture",
     "evaluate",
     "export",
+    "golden",
     "load",
     "load_target",
     "plan",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from qhw.engine import QuantizedModel
     from qhw.errors import QhwError
     from qhw.evaluation import evaluate
+    from qhw.golden_vectors import golden
     from qhw.graph import Graph, capture
     from qhw.schema import TargetSpec
     from qhw.verification import verify
@@ -47,6 +49,7 @@ _PLACES = {
     "TargetSpec": "qhw.schema",
     "capture": "qhw.graph",
     "evaluate": "qhw.evaluation",
+    "golden": "qhw.golden_vectors",
     "verify": "qhw.verification",
     **dict.fromkeys(("export", "load", "load_target", "plan", "quantize", "save"), "qhw.api"),
 }

@@ -81,7 +81,7 @@ def verify(
     simulated: dict[str, Difference] = {}
     artefacts: dict[str, Difference] = {}
     samples = 0
-    batches = list(_batches(result, data))
+    batches = list(batches_of(result, data, "verify"))
     for batch in (progress or default_progress()).track(batches, "verify", len(batches)):
         samples += len(batch[0])
         mine = model.codes(*batch)
@@ -98,9 +98,14 @@ def _add(total: dict[str, Difference], found: Iterable[Difference]) -> None:
         total[one.tensor] = total[one.tensor] + one if one.tensor in total else one
 
 
-def _batches(result: QuantizedModel, data: CalibrationData | None) -> Iterable[tuple[Tensor, ...]]:
+def batches_of(result: QuantizedModel, data: CalibrationData | None, doing: str) -> Iterable[tuple[Tensor, ...]]:
+    """Batches of given data, or of the samples that a result keeps.
+
+    Raises:
+        CalibrationError: there are none.
+    """
     if data is None and not result.samples:
-        raise CalibrationError("verify: the result keeps no samples. Pass data= (--data DATA).")
+        raise CalibrationError(f"{doing}: the result keeps no samples. Pass data= (--data DATA).")
     source: Any = {name: result.samples[name] for name in result.input_names} if data is None else data
     if isinstance(source, Calibration):
         return source

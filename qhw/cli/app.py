@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qhw import __version__
-from qhw.cli import accumulators, plan, plugin, quantize, target, verify
+from qhw.cli import accumulators, golden, plan, plugin, quantize, target, verify
 
 __all__ = ["app"]
 
@@ -24,6 +24,7 @@ app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("accumulators")(accumulators.accumulators)
+app.command("golden")(golden.golden)
 
 
 def _version(asked: bool) -> None:

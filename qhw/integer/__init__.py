@@ -4,6 +4,7 @@
 from qhw.integer.accumulate import Bounds
 from qhw.integer.codes import Codes
 from qhw.integer.compare import Difference, compare, differences, simulated_codes
+from qhw.integer.golden_files import GoldenVectors, write_golden
 from qhw.integer.lower import Obstacle, lower
 from qhw.integer.model import IntegerModel
 from qhw.integer.proof import Proof, Witness, prove_accumulators
@@ -13,6 +14,7 @@ __all__ = [
     "Bounds",
     "Codes",
     "Difference",
+    "GoldenVectors",
     "IntegerModel",
     "Obstacle",
     "Proof",
@@ -24,4 +26,5 @@ __all__ = [
     "prove_accumulators",
     "simulated_codes",
     "sites",
+    "write_golden",
 ]

@@ -31,6 +31,7 @@ ORDER = (
     "api",
     "evaluation",
     "verification",
+    "golden_vectors",
     "qhw",
     "testing",
     "cli",
