@@ -69,7 +69,7 @@ def lower_average(site: Site) -> Lowered:
     sums: dict[str, Fact] = {"axes": axes, "count": count, "clamp": limits}
     divisor = 1 if site.operator.kind == "ReduceSum" else _divisor(site, count)
     folded = _folded_count(site, divisor)
-    if _is_same(site) and site.operator.kind != "ReduceSum" and folded is None:
+    if _divides(site) and folded is None:
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
         before = site.adds_zero_point_first
         offset, rule = (int(x.zero_point) if before else 0), rounding_of(site)
@@ -117,6 +117,11 @@ def divide(total: Tensor, count: int | Tensor, rule: Rounding) -> Tensor:
         return floor + (twice >= count).long()
     is_tie_up = floor % 2 == 1 if rule == "half_even" else total >= 0
     return floor + ((twice > count) | ((twice == count) & is_tie_up)).long()
+
+
+def _divides(site: Site) -> bool:
+    """Whether a mean on one grid is a quotient of integers: not where the target multiplies by a float32 ratio."""
+    return _is_same(site) and site.operator.kind != "ReduceSum" and site.requantize[1].kind != "float32"
 
 
 def _is_same(site: Site) -> bool:
