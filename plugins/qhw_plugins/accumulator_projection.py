@@ -90,7 +90,7 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
         )
     needed = int(accumulator_bits_needed(torch.tensor(-reach), torch.tensor(reach)))
     if needed <= bits:
-        return _refused(subject, bits, f"{{value}} bits hold every sum of {count} products")
+        return _refused(subject, bits, "{value} bits hold every sum that formats and shapes allow")
     rule = f"{{value}} bits: sums of {count} products could need {needed}"
     return Verdict(taken=True, reasons=(Reason(subject=subject, value=bits, rule=rule),))
 
