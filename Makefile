@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types bench bench-ptq clean
+.PHONY: demo test test-slow lint types bench bench-ptq bench-integer clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -30,6 +30,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench.cifar
+
+bench-integer: $(READY)
+	$(BIN)/python -m bench.integer
 
 bench-ptq: $(READY)
 	$(BIN)/python -m bench.ptq

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact integer execution on CIFAR-10 networks: what it costs, what it equals, how much room the accumulators leave.
 
-    python -m bench.integer          # writes bench/INTEGER.md (about 5 minutes on one core)
+    python -m bench.integer          # writes bench/INTEGER.md (about 10 minutes on one core)
     python -m bench.integer --quick  # 100 images, prints only
 
 Protocol: calibration on the first 1,000 training images, pipeline ranges-ptq, the target's default formats, 1,000 test
 images in batches of 32, one thread. The time is that of running a lowered model, the smallest CPU time of three runs,
-over that of the float model with batch norms folded on the same batches.
+over that of the float model with batch norms folded on the same batches. Narrow accumulators: the integer result on
+the first 2,000 test images.
 """
 
 import argparse
@@ -21,13 +22,14 @@ from torch import Tensor
 
 import qhw
 from bench.data import load_models
-from qhw.engine import QuantizedModel, SilentProgress
+from qhw.engine import QuantizedModel, SilentProgress, agreement, top1
 from qhw.errors import IntegerError
 from qhw.extension import default_registry
 from qhw.integer import IntegerModel, prove_accumulators
 from qhw.verification import verify
 
 HERE = Path(__file__).parent
+EXACT = "onnxruntime/cpu-x86-vnni"  # the target whose integers a runtime confirms here
 NETWORKS = ("resnet20", "mobilenetv2")
 
 
@@ -41,7 +43,10 @@ def main() -> None:
     images, _ = models.cifar10("train", 1000)
     test, _ = models.cifar10("test", 100 if quick else 1000)
     makers = {"resnet20": lambda: models.resnet(20), "mobilenetv2": models.mobilenet_v2}
-    runs, rooms = [], []
+    runs: list[list[str]] = []
+    rooms: list[list[str]] = []
+    narrow: list[list[str]] = []
+    scored, labels = models.cifar10("test", 100 if quick else 2000)
     for network in NETWORKS:
         graph = qhw.capture(makers[network](), images[:2])
         for target in default_registry().target_names():
@@ -52,6 +57,9 @@ def main() -> None:
             runs.append([network, target, *executed(result, test)])
             rooms.append([network, target, *room(result)])
             print(f"| {' | '.join(runs[-1])} |", flush=True)
+        for bits in (32, 20, 18, 17, 16):
+            narrow.append([network, str(bits), *fitted(graph, bits, images, scored, labels)])
+            print(f"| {' | '.join(narrow[-1])} |", flush=True)
     lines = [
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# CIFAR-10: exact integer execution",
@@ -66,6 +74,12 @@ def main() -> None:
         "## Accumulators: bits that stay free in the worst case, layer by layer",
         "",
         *table(["network", "target", "bits", "tightest layer", "bits left", "layers by bits left"], rooms),
+        "## Narrow accumulators: made to fit by `accumulator_projection`",
+        "",
+        f"Arithmetic of {EXACT}, another width of the accumulator; top-1 of the integer result. Without the step,",
+        "channels of that many outputs can overflow; with it none can, proven.",
+        "",
+        *table(["network", "bits", "channels without", "channels with", "float", "top-1", "agree, %"], narrow),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
@@ -109,6 +123,26 @@ def executed(result: QuantizedModel, test: Tensor) -> list[str]:
     runtime = f"{sum(one.differing for one in found.artefact):,}" if found.artefact else ""
     versions = f"{' '.join(next(iter(found.runtime.items())))}" if found.artefact else found.not_run or ""
     return [f"{ratio:.2f}", f"{codes:,}", f"{100 * simulated / codes:.3f} %", runtime, versions]
+
+
+def fitted(graph: qhw.Graph, bits: int, images: Tensor, test: Tensor, labels: Tensor) -> list[str]:
+    """With an accumulator of so many bits: channels that can overflow without and with the step, and accuracy."""
+    spec = qhw.load_target(EXACT)
+    accumulators = {
+        name: one.model_copy(update={"bits": bits, "overflow": "saturate"}) for name, one in spec.accumulators.items()
+    }
+    narrow = spec.model_copy(update={"accumulators": accumulators})
+    counts = []
+    for without in (("accumulator_projection",), ()):
+        wishes: dict[str, Any] = {"calibration": images, "pipeline": "ranges-ptq", "without": without}
+        result = qhw.quantize(graph, narrow, progress=SilentProgress(), **wishes)
+        counts.append(str(sum(proof.overflowing_channels for proof in prove_accumulators(result))))
+    model = IntegerModel(result)
+    with torch.no_grad():
+        reference = torch.cat([graph.module(x) for x in test.split(32)])
+    found = torch.cat([model(x) for x in test.split(32)])
+    scores = [f"{top1(reference, labels):.2f}", f"{top1(found, labels):.2f}"]
+    return [*counts, *scores, f"{100 * agreement(found, reference).share:.1f}"]
 
 
 def fastest(run: Callable[[], Any]) -> float:

@@ -66,7 +66,6 @@ class IntegerModel:
         self._forms: Mapping[str, Lowered] = {name: form for name, (_, form) in lowered.items()}
         self._graph = result.float_graph.copy()
         self._operators = {operator.node: operator for operator in self._graph.operators}
-        self._by_name = {operator.name: operator for operator in self._graph.operators}
         self._anchor = {m.name: site.name for site in self.sites.values() for m in site.members[1:]}
         self._points = PointIndex(result.plan)
         self._qparams = result.encodings()
@@ -210,5 +209,5 @@ def _words(result: QuantizedModel, obstacles: tuple[Obstacle, ...]) -> str:
     ]
     return (
         f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. State the fields in the "
-        "target, or keep these operators in float with --keep-float."
+        "target, or keep these operators in float with --keep-float; 'qhw accumulators' proves the sums all the same."
     )
