@@ -28,7 +28,7 @@ Activation = Literal["NONE", "RELU", "RELU6", "RELU_N1_TO_1"]
 Int8 = NDArray[np.int8]
 
 # The first version of each operator that has int8 tensors, per channel where there are weights.
-_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4}
+_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "TRANSPOSE_CONV": 3}
 _INT8_VERSION = 2
 _KINDS = {np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32"}
 
@@ -212,6 +212,7 @@ def run_operator(
     output: Encoding,
     constants: Sequence["Codes | NDArray[np.int32]"] = (),
     *,
+    order: Sequence[int] | None = None,
     optimized: bool = False,
 ) -> Int8:
     """Run one builtin operator.
@@ -222,12 +223,13 @@ def run_operator(
         inputs: The tensors that change from run to run; int8.
         output: Where the result lies.
         constants: Operands after the inputs, stored in the model: weights, biases, and int32 arrays such as axes.
+        order: Of the operands as the operator wants them, inputs and constants counted together; None: as given.
         optimized: Optimized kernels, not the reference ones.
 
     Returns:
         array: int8 codes of the result.
     """
-    model = build_operator(name, options, inputs, output, constants)
+    model = build_operator(name, options, inputs, output, constants, order)
     kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if optimized else OpResolverType.BUILTIN_REF
     interpreter = Interpreter(model_content=model, experimental_op_resolver_type=kernels, num_threads=1)
     interpreter.allocate_tensors()
@@ -239,7 +241,12 @@ def run_operator(
 
 
 def build_operator(
-    name: str, options: Any, inputs: Sequence[Codes], output: Encoding, constants: Sequence[Any] = ()
+    name: str,
+    options: Any,
+    inputs: Sequence[Codes],
+    output: Encoding,
+    constants: Sequence[Any] = (),
+    order: Sequence[int] | None = None,
 ) -> bytes:
     """The TFLite file of `run_operator`: a graph of one operator."""
     graph, buffers = schema.SubGraphT(), [schema.BufferT()]  # buffer 0 is empty: tensors that are computed
@@ -254,7 +261,7 @@ def build_operator(
     result = len(graph.tensors)
     graph.tensors.append(_tensor((), "INT8", output, 0))  # the kernel sets the shape
     operator = schema.OperatorT()
-    operator.inputs, operator.outputs = list(range(result)), [result]
+    operator.inputs, operator.outputs = list(order or range(result)), [result]
     if options is not None:
         operator.builtinOptions = options
         operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__[:-1])
