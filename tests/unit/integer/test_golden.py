@@ -46,7 +46,13 @@ SAME = ("MaxPool", "GlobalMaxPool", "ReduceMax", "Transpose", "Pad", "Slice", "R
 
 
 def target(
-    requantize: str, *, order: str = "zero_point_after", power: bool = False, bits: int = 32, outputs: str = "quantized"
+    requantize: str,
+    *,
+    order: str = "zero_point_after",
+    power: bool = False,
+    bits: int = 32,
+    outputs: str = "quantized",
+    text: str = TARGET,
 ) -> qhw.TargetSpec:
     from qhw.schema import parse_target
 
@@ -64,7 +70,7 @@ def target(
     scale = (
         ', zero_point = 0, scale = { kind = "power_of_two", exponent_min = -40, exponent_max = 40 }' if power else ""
     )
-    text = TARGET.replace("ROWS", "\n".join(f"operators.{kind} = {{ {row} }}" for kind, row in rows.items()))
+    text = text.replace("ROWS", "\n".join(f"operators.{kind} = {{ {row} }}" for kind, row in rows.items()))
     text = text.replace("ACTIVATION", "bits = 8, signed = true" + scale)
     text = text.replace("WEIGHT", "bits = 8, signed = true" + scale.replace(", zero_point = 0", ""))
     return parse_target(text.replace("REQUANTIZE", requantize).replace("BITS", str(bits)).replace("OUTPUTS", outputs))
@@ -194,6 +200,43 @@ def test_shipped_targets_are_recomputed(name: str, tmp_path: Path) -> None:
     result, data = quantized(Residual(), name)
     made = qhw.golden(result, tmp_path / "v", data, samples=2)
     assert made.samples == 2 and len(made.operators) >= 5
+    check_all(tmp_path / "v", len(made.operators), 2)
+
+
+class Regridded(Products):
+    """Sums on 8 bits read by operators on 16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return torch.cat([x * torch.sigmoid(x), self.dilated(x)], 1)
+
+
+@pytest.mark.parametrize("requantize", [FLOAT32, FIXED.format("double", 31), FIXED.format("floor", 15)])
+def test_an_operand_that_is_put_on_another_grid_is_recomputed_too(requantize: str, tmp_path: Path) -> None:
+    wide = 'formats.h = { bits = 16, signed = true, zero_point = 0, per = "tensor" }\nformats.w ='
+    text = TARGET.replace("formats.w =", wide)
+    text = text.replace(
+        'kernels.two = { input = ["a"], output = ["a"]', 'kernels.two = { input = ["h"], output = ["h"]'
+    )
+    result, data = quantized(Regridded(), target(requantize, text=text))
+    made = qhw.golden(result, tmp_path / "v", data, samples=2)
+    before = [one for op in manifest_of(tmp_path / "v")["operators"] for one in op["inputs"] if "before" in one]
+    assert {(one["before"]["dtype"], one["dtype"]) for one in before} == {("int8", "int16")}
+    check_all(tmp_path / "v", len(made.operators), 2)
+
+
+class Means(Products):
+    """Averages over windows and over axes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.avg_pool2d(self.first(x), 3, 2, 1, count_include_pad=False)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime/cpu-x86-vnni", "google/litert-int8"])
+def test_averages_of_shipped_targets_are_recomputed(name: str, tmp_path: Path) -> None:
+    result, data = quantized(Means(), name)
+    made = qhw.golden(result, tmp_path / "v", data, samples=2)
     check_all(tmp_path / "v", len(made.operators), 2)
 
 
