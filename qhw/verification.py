@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qhw.api import exporter_for
 from qhw.engine import Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
-from qhw.errors import CalibrationError
+from qhw.errors import CalibrationError, IntegerError
 from qhw.extension import Registry, default_registry
 from qhw.integer import Difference, IntegerModel, differences, simulated_codes
 
@@ -89,6 +89,8 @@ def verify(
         if call is not None:
             theirs = call({name: x.numpy() for name, x in zip(result.input_names, batch, strict=True)})
             _add(artefacts, differences(mine, {name: torch.from_numpy(codes) for name, codes in theirs.items()}))
+    if call is not None and simulated and not artefacts:
+        raise IntegerError(f"{artefact}: shows codes of no tensor of this result. Export the result again.")
     host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
     return Verification(samples, tuple(simulated.values()), tuple(artefacts.values()), runtime, not_run, host)
 

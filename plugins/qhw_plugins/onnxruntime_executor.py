@@ -87,7 +87,10 @@ def _with_codes(artefact: Path) -> tuple[Any, list[str]]:
     """The model with the codes behind each QuantizeLinear as further outputs; the tensors that they belong to."""
     import onnx
 
-    model = onnx.load(artefact)
+    try:
+        model = onnx.load(artefact)
+    except Exception as error:  # OSError, or protobuf's own class, which moves between versions
+        raise ExportError(f"{artefact}: cannot be read as ONNX: {_first_line(error)}. Export it again.") from error
     shown = {value.name for value in model.graph.output}
     made = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     codes = {name: tensor for name in made if (tensor := tensor_of(name)) is not None and name not in shown}

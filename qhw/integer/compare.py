@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qhw.engine import QuantizedModel
+from qhw.errors import IntegerError
 from qhw.integer.model import IntegerModel
 from qhw.numerics import FakeQuantizer, quantize
 
@@ -54,9 +55,18 @@ def simulated_codes(result: QuantizedModel, *inputs: Tensor) -> dict[str, Tensor
 
 
 def differences(mine: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[Difference]:
-    """Of each tensor that both have, in the order of the first."""
+    """Of each tensor that both have, in the order of the first.
+
+    Raises:
+        IntegerError: the shapes of one tensor do not belong together.
+    """
     for name, codes in mine.items():
         if name in others:
+            if others[name].numel() != codes.numel():
+                raise IntegerError(
+                    f"{name}: has codes of shape {tuple(codes.shape)}, the artefact {tuple(others[name].shape)}: it is "
+                    "another model's. Export the result again."
+                )
             gap = (codes.long() - others[name].long().reshape(codes.shape)).abs()
             largest = int(gap.max()) if gap.numel() else 0
             yield Difference(name, gap.numel(), int((gap > 0).sum()), largest)
