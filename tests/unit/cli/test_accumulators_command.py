@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`qhw accumulators`: proofs, exit status 1 where a sum can overflow, and witnesses that make it do so."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+Run = Callable[..., Any]
+
+TARGET = """
+schema_version = 1
+name = "acme/sums"
+formats.a8 = { bits = 8, signed = true, per = "tensor" }
+formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
+biases.b = { bits = 32, scale = "input*weight" }
+accumulators.acc = { bits = BITS, overflow = "wrap" }
+requantize.r = { kind = "float32", rounding = "half_even" }
+kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
+operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
+operators.Gemm = { kernels = ["mac"], fused = ["Relu"] }
+"""
+
+
+@pytest.fixture
+def result(folder: Path, qhw_run: Run) -> Callable[[str], str]:
+    """Quantizes for a target with an accumulator of that width; nothing is repaired on the way."""
+
+    def make(bits: str) -> str:
+        (folder / "sums.toml").write_text(TARGET.replace("BITS", bits))
+        ran = qhw_run(
+            "quantize", "net:model", "--target", "sums.toml", "--calibration", "net:batches",
+            "--out", f"out/{len(bits)}", "--pipeline", "ranges-ptq", "--without", "accumulator_projection",
+        )  # fmt: skip
+        assert ran.status == 0, ran.err
+        return f"out/{len(bits)}"
+
+    return make
+
+
+def test_a_wide_accumulator_is_proven_with_the_bits_that_are_left(result: Any, qhw_run: Run) -> None:
+    ran = qhw_run("accumulators", result("32"))
+    assert ran.status == 0, ran.err
+    assert "cannot overflow" in ran.out
+    rows = json.loads(qhw_run("accumulators", result("32"), "--json").out)
+    assert [row["operator"] for row in rows] == ["0", "5"]
+    assert "Proven 2 operators cannot overflow" in " ".join(ran.out.split())
+    assert f"{32 - max(row['bits_needed'] for row in rows)} bits are left in the tightest" in " ".join(ran.out.split())
+
+
+def test_the_bound_is_the_one_of_the_stored_codes(result: Any, qhw_run: Run) -> None:
+    import qhw
+
+    loaded = qhw.load(Path(result("32")))
+    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", result("32"), "--json").out)}
+    for name, row in rows.items():
+        points = {p.role: p for p in loaded.plan.points if p.operator == name and p.role in ("weight", "bias")}
+        weight, bias = (loaded.codes(points[role]).long().numpy() for role in ("weight", "bias"))
+        source = next(p for p in loaded.plan.points if name in p.consumers and p.role in ("input", "activation"))
+        grid = loaded.encodings()[source.group]
+        low, high = grid.quant_min - int(grid.zero_point), grid.quant_max - int(grid.zero_point)
+        flat = weight.reshape(len(weight), -1)
+        ends = np.stack([flat * low, flat * high])
+        assert row["highest"] == int((ends.max(0).sum(1) + bias.clip(min=0)).max())
+        assert row["lowest"] == int((ends.min(0).sum(1) + bias.clip(max=0)).min())
+
+
+def test_twelve_bits_overflow_with_status_1_and_the_written_witness_overflows_when_it_is_replayed(
+    result: Any, qhw_run: Run, folder: Path
+) -> None:
+    import qhw
+    from qhw.integer import IntegerModel
+
+    place = result("12")
+    ran = qhw_run("accumulators", place, "--witness", "witness.npz")
+    assert ran.status == 1
+    assert ran.err == ""
+    assert "can overflow in" in ran.out
+    assert "Can overflow 0, 5" in " ".join(ran.out.split())
+    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", place, "--json").out)}
+    model = IntegerModel(qhw.load(Path(place)))
+    with np.load(folder / "witness.npz") as arrays:
+        assert sorted(arrays) == sorted(rows)
+        for name, row in rows.items():
+            assert row["overflowing_channels"] > 0
+            value, channel = row["witness"]["value"], row["witness"]["channel"]
+            assert not -(2**11) <= row["witness"]["peak"] < 2**11
+            replayed = model.accumulators(name, torch.from_numpy(arrays[name]))[0, channel].flatten().tolist()
+            # The target wraps: the replayed sum is the witness's but for multiples of 2^12.
+            assert any((got - value) % 2**12 == 0 for got in replayed)
+            assert all(-(2**11) <= got < 2**11 for got in replayed)
+
+
+def test_a_width_that_is_not_known_is_said_and_is_no_overflow(result: Any, qhw_run: Run) -> None:
+    place = result('"unknown"')
+    ran = qhw_run("accumulators", place)
+    assert ran.status == 0, ran.err
+    assert "width not known" in ran.out
+    assert "the accumulator's width of 2 of 2 operators" in " ".join(ran.out.split())
+    assert all(row["bits"] is None for row in json.loads(qhw_run("accumulators", place, "--json").out))
+
+
+def test_a_witness_that_cannot_be_written_and_a_result_that_is_none_are_one_line(result: Any, qhw_run: Run) -> None:
+    for arguments, word in (((result("32"), "--witness", "no/such/w.npz"), "no/such/w.npz"), (("nowhere",), "nowhere")):
+        ran = qhw_run("accumulators", *arguments)
+        assert ran.status == 1
+        assert len(ran.err.strip().splitlines()) == 1
+        assert ran.err.startswith("error: ") and word in ran.err
