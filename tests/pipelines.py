@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plugin for tests that load a few algorithms only: the shipped `ranges-ptq`, as the default pipeline."""
+"""A plugin for tests that load a few algorithms only: the shipped `ranges-ptq` up to its ranges, as the default."""
 
 from qhw.decisions import Pipeline
 from qhw.extension import PluginInfo, hookimpl
@@ -13,4 +13,5 @@ def qhw_plugin_info() -> PluginInfo:
 
 @hookimpl
 def qhw_register_pipelines() -> list[Pipeline]:
-    return [RANGES_PTQ.model_copy(update={"is_default": True})]
+    stages = tuple(stage for stage in RANGES_PTQ.stages if stage.stage != "fit")
+    return [RANGES_PTQ.model_copy(update={"is_default": True, "stages": stages})]

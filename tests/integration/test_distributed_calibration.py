@@ -23,7 +23,7 @@ from qhw.extension import load_plugins
 from qhw.numerics import Histogram, MinMax, mse_qparams_from_histogram, qparams_from_range
 from qhw.numerics.statistics import MinMaxSeries, running_average
 from qhw.schema import parse_target
-from qhw_plugins import accumulator_projection, batch_norm_folding, min_max, mse, nearest
+from qhw_plugins import batch_norm_folding, min_max, mse, nearest
 from tests import pipelines
 
 WORLD = 2
@@ -65,7 +65,7 @@ def observed(numbers: range) -> dict[str, dict[str, Any]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)).eval()
     data = torch.randn(203, 3, 8, 8) * torch.rand(203, 1, 1, 1).exp()
-    modules = (accumulator_projection, batch_norm_folding, min_max, mse, nearest, pipelines)
+    modules = (batch_norm_folding, min_max, mse, nearest, pipelines)
     extra = [(module.__name__.rpartition(".")[2], module) for module in modules]
     registry = load_plugins(block=(), entry_points=(), extra=extra)
     target = parse_target(TARGET)
