@@ -62,7 +62,15 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
             form = _FORMS.get(site.operator.kind)
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")
+            _check_approximation(site)
             found[site.name] = site, form(site)
         except IntegerError as error:
             obstacles.append(Obstacle(site.name, str(error)))
     return found, tuple(obstacles)
+
+
+def _check_approximation(site: Site) -> None:
+    """What computes something else than the operator is a table, or has no form here."""
+    rule = site.spec.approximation
+    if rule is not None and (rule == "unknown" or rule.kind != "table"):
+        raise IntegerError(f"{site.path}.approximation must be a table to be executed exactly")

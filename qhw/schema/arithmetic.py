@@ -49,7 +49,7 @@ class Pairwise(Table):
 class Accumulator(Table):
     """The register that sums products."""
 
-    kind: Literal["integer", "float"] | Unknown | None = recorded(
+    kind: Literal["integer", "float"] | Unknown | None = used(
         "What is summed: integers, or floats. Absent: integers."
     )
     bits: Width | Literal["per_layer"] | Unknown | None = used(
@@ -57,7 +57,10 @@ class Accumulator(Table):
         recorded_values=("per_layer",),
     )
     signed: bool | Unknown | None = recorded("True: two's complement; absent: signed.")
-    overflow: Overflow | Unknown | None = recorded('What happens past the range; "exact": it cannot happen.')
+    overflow: Overflow | Unknown | None = used(
+        'What happens past the range; "exact": it cannot happen. A sum that saturates depends on the order, and is '
+        "executed only where it provably fits."
+    )
     pairwise: Pairwise | Unknown | None = recorded("An intermediate sum that is narrower than the accumulator.")
     mantissa_bits: Width | Unknown | None = recorded("Float accumulators: bits of mantissa really kept.")
     promotion_interval: Count | Unknown | None = recorded(
@@ -68,8 +71,8 @@ class Accumulator(Table):
 class Shift(Table):
     """Bounds of a right shift, inclusive; negative shifts left."""
 
-    min: ShiftCount | Unknown | None = recorded("Smallest right shift.")
-    max: ShiftCount | Unknown | None = recorded("Largest right shift.")
+    min: ShiftCount | Unknown | None = used("Smallest right shift.")
+    max: ShiftCount | Unknown | None = used("Largest right shift.")
 
     def rules(self) -> Iterator[Problem]:
         """Bounds in order."""
@@ -101,22 +104,26 @@ class Stage(Table):
 class Requantize(Table):
     """From the accumulator to the output code."""
 
-    kind: Literal["float32", "float64", "fixed_point", "shift", "thresholds", "none"] | Unknown | None = recorded(
-        "By a float factor, an integer multiplier and a shift, a shift alone, comparisons with thresholds, or not."
+    kind: Literal["float32", "float64", "fixed_point", "shift", "thresholds", "none"] | Unknown | None = used(
+        "By a float factor, an integer multiplier and a shift, a shift alone, comparisons with thresholds, or not.",
+        recorded_values=("thresholds", "none"),
     )
-    rounding: Rounding | Unknown | None = recorded(
+    rounding: Rounding | Unknown | None = used(
         "Rounding of the whole step, by exact name. `double`: a rounding doubling high multiply, then a rounding "
-        "shift, ties away from zero (gemmlowp); `selectable`: a run-time register, see `selectable`."
+        "shift, ties away from zero (gemmlowp); `selectable`: a run-time register, see `selectable`.",
+        recorded_values=("to_odd", "selectable", "none"),
     )
     selectable: tuple[Rounding, ...] | Unknown | None = recorded("The roundings a run-time register can select.")
     stages: tuple[Stage, ...] | Unknown | None = recorded("Every step that rounds, in order, where they differ.")
-    multiplier_bits: Width | Unknown | None = recorded("Bits of the integer multiplier's significand.")
-    shift: Shift | Unknown | None = recorded("Legal right shifts.")
+    multiplier_bits: Width | Unknown | None = used("Bits of the integer multiplier's significand.")
+    shift: Shift | Unknown | None = used("Legal right shifts.")
     shift_per: Literal["tensor", "out_channel"] | Unknown | None = recorded(
         "Sharing of the shift where it differs from `per`."
     )
-    out_of_range: Literal["saturate", "wrap", "zero_scale", "refuse"] | Unknown | None = recorded(
-        "What happens to a multiplier or shift out of range; `zero_scale`: the result is silently scaled by 0."
+    out_of_range: Literal["saturate", "wrap", "zero_scale", "refuse"] | Unknown | None = used(
+        "What happens to a multiplier or shift out of range; `zero_scale`: the result is silently scaled by 0. Absent: "
+        "refused.",
+        recorded_values=("wrap",),
     )
     per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of the multiplier.")
     ratio: Ratio | Unknown | None = recorded("Bounds of input scale times weight scale over output scale.")

@@ -95,7 +95,13 @@ Source = Tags | dict[str, Tags]
 
 
 def used(description: str, *, recorded_values: tuple[str, ...] = (), default: Any = None) -> Any:
-    """A field the planner reads. `recorded_values` are the values of it that it cannot act on yet."""
+    """A field that something reads: the planner, or the integer executor.
+
+    Args:
+        description: What it says.
+        recorded_values: Those that nothing can act on yet.
+        default: Where a file does not set it.
+    """
     extra: dict[str, Any] = {"recorded_values": list(recorded_values)} if recorded_values else {}
     return Field(default=default, description=description, json_schema_extra=extra or None)
 

@@ -62,7 +62,11 @@ class Format(Table):
     min_real_range: Positive | Unknown | None = recorded(
         "Smallest real range (highest minus lowest value) the tool encodes."
     )
-    rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
+    rounding: Rounding | Unknown | None = used(
+        "Rounding of the conversion from real values to codes. Read where a result is of this format: bounds of clips "
+        "and entries of tables become codes by it; absent: half to even. Not read where weights are rounded.",
+        recorded_values=("to_odd", "double", "double_half_to_plus_infinity", "selectable", "none"),
+    )
     packing: Literal["low_first", "high_first"] | Unknown | None = recorded(
         "Which of several codes in one byte comes first."
     )

@@ -107,11 +107,12 @@ class RealRange(Table):
 class Approximation(Table):
     """What the hardware computes in place of the exact function."""
 
-    kind: Literal["table", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None = recorded(
-        "A look-up table, linear segments, a fixed fraction, a hard variant, or a parameter rounded to a grid."
+    kind: Literal["table", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None = used(
+        "A look-up table, linear segments, a fixed fraction, a hard variant, or a parameter rounded to a grid.",
+        recorded_values=("piecewise_linear", "fraction", "hard", "rounded_parameter"),
     )
     segments: Count | Unknown | None = recorded("Linear segments.")
-    entries: Count | Unknown | None = recorded("Entries of a look-up table.")
+    entries: Count | Unknown | None = used("Entries of a look-up table.")
     sample_step: Count | Unknown | None = recorded(
         "Codes between two sampled entries; values between are interpolated."
     )
@@ -146,27 +147,29 @@ class Operator(Table):
         "Per output format the parameters the result always has."
     )
     range: RealRange | Unknown | None = used("Real bounds the result's range is clipped to.")
-    rounding: Rounding | Unknown | None = recorded("Rounding of its own, where it differs from its kernels'.")
-    rounding_order: Literal["zero_point_after", "zero_point_before"] | Unknown | None = recorded(
+    rounding: Rounding | Unknown | None = used(
+        "Rounding of its own, where it differs from its kernels'.", recorded_values=("to_odd", "selectable", "none")
+    )
+    rounding_order: Literal["zero_point_after", "zero_point_before"] | Unknown | None = used(
         "Whether the zero point is added after rounding or before it."
     )
-    ratio: Literal["float32", "float64", "float32_product"] | Unknown | None = recorded(
+    ratio: Literal["float32", "float64", "float32_product"] | Unknown | None = used(
         "Precision in which input scales over output scale become the ratio behind a `fixed_point` or `float64` "
         "requantization: every step in float32; all in float64; `float32_product`: the product of input scales in "
         "float32, the division in float64. Absent: float64."
     )
-    mean_count: Literal["ratio", "multiplier"] | Unknown | None = recorded(
+    mean_count: Literal["ratio", "multiplier"] | Unknown | None = used(
         "Where a mean's count n divides: the ratio of scales; or its `fixed_point` multiplier m, also where input and "
         "output share a scale: floor(m * 2^k / n) and a shift k longer, 2^k the largest power of two up to n that the "
         "legal shifts leave room for. Absent: ratio."
     )
-    whole_image: Literal["GlobalAveragePool"] | Unknown | None = recorded(
+    whole_image: Literal["GlobalAveragePool"] | Unknown | None = used(
         "Operator kind as which a window that covers the whole image is computed, where that kind's arithmetic differs."
     )
-    preshift_bits: dict[Id, Count] | Unknown | None = recorded(
+    preshift_bits: dict[Id, Count] | Unknown | None = used(
         "Per input format the bits operands are shifted left by before they are rescaled and added."
     )
-    approximation: Approximation | Unknown | None = recorded("What is computed in place of the exact function.")
+    approximation: Approximation | Unknown | None = used("What is computed in place of the exact function.")
     output: Literal["integer", "float"] | Unknown | None = recorded(
         "`float`: the result is float whatever the kernel says."
     )

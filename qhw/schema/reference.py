@@ -51,8 +51,8 @@ Written from the models by `python -m qhw.schema.reference > docs/target-referen
 
 - A target is a TOML file. Only `schema_version` and `name` are required. What is absent, nobody looked for; `"unknown"`
   was looked for and is not published. Neither becomes a default; `qhw target lint` says what depends on it.
-- State `used`: the planner reads the field. `recorded`: the field is checked and kept, and nothing reads it yet;
-  `qhw target lint` prints "recorded, not used yet" wherever a file sets it.
+- State `used`: the planner or the integer executor reads the field. `recorded`: the field is checked and kept, and
+  nothing reads it yet; `qhw target lint` prints "recorded, not used yet" wherever a file sets it.
 - Ids name a role, never a value (`biases.narrow`, not `bias20`), because a file that extends this one may change the
   value.
 - `extends`: tables merge field by field, lists replace, and a source follows the leaf it stands beside. To take

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every fact of the section 36 fragments that the schema calls used is obeyed: change it, and the plan changes.
 
-What is recorded only is checked by tests/unit/schema/test_section36.py.
+What is recorded only is checked by tests/unit/schema/test_section36.py, what only the integer result reads by
+tests/integration/test_integer_obeyed.py.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,6 @@ def said(text: str, **options: object) -> list[str]:
 def test_the_small_complete_target_is_clean_but_for_information() -> None:
     assert said(TINY, known_kinds=("Conv", "Gemm", "Relu")) == [
         "info: fallback: is absent: where operators go that are not listed here is not said, and nothing is assumed.",
-        "info: accumulators.acc.overflow: recorded, not used yet.",
     ]
 
 
@@ -207,20 +206,21 @@ def test_sources_are_asked_for_only_where_a_file_has_some() -> None:
 
 def test_findings_carry_their_place_and_come_by_severity(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
-    path.write_text(TINY.replace(', per = "tensor"', ""))
+    path.write_text(TINY.replace(', per = "tensor"', "").replace("bits = 32, ", "bits = 32, signed = true, "))
     loaded = read_target_file(path)
     findings = lint(loaded.spec, loaded.located)
     assert [finding.severity for finding in findings] == ["error", "error", "error", "info", "info"]
     assert (findings[0].place, findings[0].path) == (f"{path}:3", "formats.a8")
-    assert str(findings[-1]) == f"info: {path}:5  accumulators.acc.overflow: recorded, not used yet."
+    assert str(findings[-1]) == f"info: {path}:5  accumulators.acc.signed: recorded, not used yet."
 
 
 def test_recorded_fields_are_those_marked_in_the_models() -> None:
-    text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "half_even", scale = { kind = "e8m0" }')
+    text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "to_odd", scale = { kind = "e8m0" }')
+    text = text.replace("bits = 32, ", "bits = 32, signed = true, ")
     text = text.replace("operators.Gemm = { ", 'operators.Gemm = { limits = { rank = [2], axis = ["last"] }, ')
     assert set(recorded_fields(parse_target(text))) == {
         ("formats", "a8", "rounding"),
         ("formats", "a8", "scale", "kind"),
-        ("accumulators", "acc", "overflow"),
+        ("accumulators", "acc", "signed"),
         ("operators", "Gemm", "limits", "axis"),
     }

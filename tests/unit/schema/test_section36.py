@@ -40,7 +40,15 @@ USED: dict[int, dict[str, Any]] = {
         "formats.mtk_a8.scale.max": 1e6,
         "formats.qnn_a8.scale.min": 1e-4 / 255,
     },
-    9: {"kernels.mac.requantize": "scaled"},
+    9: {
+        "kernels.mac.requantize": "scaled",
+        "requantize.scaled.kind": "fixed_point",
+        "requantize.scaled.rounding": "double",
+        "requantize.scaled.multiplier_bits": 31,
+        "requantize.scaled.shift.min": 0,
+        "requantize.scaled.shift.max": 63,
+        "requantize.scaled.out_of_range": "zero_scale",
+    },
     10: {"formats.blocks.group_size": (32, 64, 128, 256), "formats.lpbq.per": "group"},
     12: {"formats.layer.per": "tensor", "operators.Conv.kernels": ("layerwise",)},
     13: {
@@ -61,7 +69,18 @@ USED: dict[int, dict[str, Any]] = {
     15: {
         "accumulators.qacc.bits": 20,
         "accumulators.wide.bits": 64,
+        "accumulators.vpmaddubsw.overflow": "wrap",
+        "accumulators.qacc.overflow": "saturate",
+        "accumulators.tensor_core.kind": "float",
         "kernels.mac16.accumulator": "wide",
+    },
+    17: {
+        "formats.a8.rounding": "half_to_plus_infinity",
+        "requantize.dbl.rounding": "double",
+        "requantize.neon.rounding": "double_half_to_plus_infinity",
+        "operators.Resize.rounding": "half_to_plus_infinity",
+        "operators.Add.rounding_order": "zero_point_before",
+        "operators.Add.preshift_bits": {"a8": 20},
     },
     18: {
         "operators.Sigmoid.fixed_output.a8.scale": 1 / 256,
@@ -77,6 +96,7 @@ USED: dict[int, dict[str, Any]] = {
         "operators.Concat.same_scale": "all",
         "operators.Mul.same_scale": "none",
     },
+    20: {"operators.Tanh.approximation.kind": "table", "operators.Tanh.approximation.entries": 257},
     21: {"operators.Conv.fused": ("Relu", "PRelu", "LeakyRelu", "HardSwish", ("Add", "Relu"))},
     22: {"kernels.a16_w8.output": ("u8",), "kernels.a16_w8_a16.output": ("u16",)},
     23: {
@@ -92,7 +112,7 @@ USED: dict[int, dict[str, Any]] = {
         "fallback": "single_partition",
         "boundary.outputs": "quantized",
     },
-    26: {"operators.Conv.fused": "unknown", "biases.narrow.bits": 20},
+    26: {"operators.Conv.fused": "unknown", "biases.narrow.bits": 20, "requantize.shift.shift": "unknown"},
 }
 
 RECORDED: dict[int, dict[str, Any]] = {
@@ -126,9 +146,7 @@ RECORDED: dict[int, dict[str, Any]] = {
         "operators.LeakyRelu.limits.slope": None,
     },
     9: {
-        "requantize.scaled.multiplier_bits": 31,
-        "requantize.scaled.shift": None,
-        "requantize.scaled.out_of_range": "zero_scale",
+        "requantize.scaled.shift_per": "out_channel",
         "requantize.scaled.per": "out_channel",
     },
     10: {
@@ -158,8 +176,6 @@ RECORDED: dict[int, dict[str, Any]] = {
     },
     15: {
         "accumulators.vpmaddubsw.pairwise": None,
-        "accumulators.vpmaddubsw.overflow": "wrap",
-        "accumulators.qacc.overflow": "saturate",
         "accumulators.finn.bits": "per_layer",
         "accumulators.tensor_core.mantissa_bits": 14,
         "accumulators.tensor_core.promotion_interval": 128,
@@ -170,24 +186,20 @@ RECORDED: dict[int, dict[str, Any]] = {
         "kernels.a2q.weight_abs_sum_max": "from_accumulator",
     },
     17: {
-        "formats.a8.rounding": "half_to_plus_infinity",
-        "formats.w8.rounding": "half_away_from_zero",
-        "requantize.dbl.rounding": "double",
-        "requantize.neon.rounding": "double_half_to_plus_infinity",
         "requantize.k210.stages": None,
         "requantize.vxrm.selectable": ("half_to_plus_infinity", "half_even", "floor", "to_odd"),
+        "requantize.vxrm.rounding": "selectable",
         "requantize.finn.kind": "thresholds",
-        "operators.Resize.rounding": "half_to_plus_infinity",
-        "operators.Add.rounding_order": "zero_point_before",
-        "operators.Add.preshift_bits": {"a8": 20},
+        "requantize.finn.rounding": "none",
         "valid_for": {"isa": ("Arm NEON",), "build": ("TFLITE_SINGLE_ROUNDING=0",)},
     },
     19: {"operators.AveragePool.same_scale": "aligned"},
     20: {
-        "operators.AveragePool.approximation": None,
-        "operators.LeakyRelu.approximation": None,
-        "operators.Elu.approximation": None,
-        "operators.Tanh.approximation": None,
+        "operators.AveragePool.approximation.kind": "fraction",
+        "operators.AveragePool.approximation.constants": {"3x3": 0.109375, "5x5": 0.0390625, "7x7": 0.0205078125},
+        "operators.LeakyRelu.approximation.kind": "rounded_parameter",
+        "operators.Elu.approximation.segments": 16,
+        "operators.Tanh.approximation.sample_step": 256,
         "operators.Softmax.output": "float",
         "operators.LayerNormalization.parameters": "float",
     },
@@ -225,7 +237,7 @@ RECORDED: dict[int, dict[str, Any]] = {
         "cost.channel_multiple": 16,
         "cost.weight_compression": "lossless",
     },
-    26: {"kernels.mac8.macs_per_cycle": "unknown", "requantize.shift.shift": "unknown"},
+    26: {"kernels.mac8.macs_per_cycle": "unknown"},
 }
 
 
