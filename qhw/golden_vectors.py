@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qhw.engine import CalibrationData, Progress, QuantizedModel, default_progress
 from qhw.errors import CalibrationError, ResultError
-from qhw.integer import GoldenVectors, write_golden
+from qhw.vectors import GoldenVectors, write_golden
 from qhw.verification import batches_of
 
 __all__ = ["HEADER_LIMIT", "golden"]

@@ -12,7 +12,7 @@ from qhw.cli.options import AsJson
 from qhw.cli.verify import DataOption, ResultArgument
 
 if TYPE_CHECKING:
-    from qhw.integer import GoldenVectors
+    from qhw.vectors import GoldenVectors
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the vectors; earlier vectors are replaced.")]
 SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="How many samples, from the first on.")]

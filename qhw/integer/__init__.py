@@ -4,7 +4,6 @@
 from qhw.integer.accumulate import Bounds
 from qhw.integer.codes import Codes
 from qhw.integer.compare import Difference, compare, differences, simulated_codes
-from qhw.integer.golden_files import GoldenVectors, write_golden
 from qhw.integer.lower import Obstacle, lower
 from qhw.integer.model import IntegerModel
 from qhw.integer.proof import Proof, Witness, prove_accumulators
@@ -14,7 +13,6 @@ __all__ = [
     "Bounds",
     "Codes",
     "Difference",
-    "GoldenVectors",
     "IntegerModel",
     "Obstacle",
     "Proof",
@@ -26,5 +24,4 @@ __all__ = [
     "prove_accumulators",
     "simulated_codes",
     "sites",
-    "write_golden",
 ]

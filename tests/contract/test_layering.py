@@ -28,6 +28,7 @@ ORDER = (
     "extension",
     "engine",
     "integer",
+    "vectors",
     "api",
     "evaluation",
     "verification",

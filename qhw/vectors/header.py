@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from qhw.integer.golden_arrays import ArrayStore
+from qhw.vectors.arrays import ArrayStore
 
 __all__ = ["write_header"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qhw.errors import IntegerError
-from qhw.integer.golden import Array
+from qhw.vectors.collect import Array
 
 __all__ = ["ArrayStore"]
 

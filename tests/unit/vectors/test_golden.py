@@ -19,8 +19,8 @@ from torch import nn
 
 import qhw
 from qhw.errors import CalibrationError, IntegerError, ResultError
-from qhw.integer import golden_check
-from qhw.integer.golden_header import _Names
+from qhw.vectors import check as golden_check
+from qhw.vectors.header import _Names
 
 TARGET = """
 schema_version = 1

@@ -16,10 +16,10 @@ from qhw import __version__
 from qhw.engine import Progress, QuantizedModel, written_whole
 from qhw.errors import IntegerError, ResultError
 from qhw.integer.codes import Codes
-from qhw.integer.golden import VectorReader, codes_array, grid
-from qhw.integer.golden_arrays import ArrayStore
-from qhw.integer.golden_header import write_header
 from qhw.integer.model import Executed, IntegerModel
+from qhw.vectors.arrays import ArrayStore
+from qhw.vectors.collect import VectorReader, codes_array, grid
+from qhw.vectors.header import write_header
 
 __all__ = ["FILES", "GoldenVectors", "write_golden"]
 
@@ -82,7 +82,7 @@ def write_golden(
             arrays = store.write_npz(inside / "vectors.npz", progress.track(keys, "golden: write", len(keys)))
             with (inside / "vectors.h").open("w", encoding="ascii", newline="\n") as file:
                 left_out = write_header(file, manifest, store, header_limit)
-        shutil.copyfile(Path(__file__).with_name("golden_check.py"), inside / "check.py")
+        shutil.copyfile(Path(__file__).with_name("check.py"), inside / "check.py")
         hashes = {name: _sha256(inside / name) for name in FILES if name != "manifest.json"}
         manifest |= {"header": {"limit_bytes": header_limit, "left_out": left_out}, "files": hashes, "arrays": arrays}
         (inside / "manifest.json").write_text("".join(_json(manifest)) + "\n", encoding="utf-8", newline="\n")
