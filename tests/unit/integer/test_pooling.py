@@ -13,10 +13,15 @@ from torch.nn import functional as F
 
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
+from qhw.schema import parse_target
 from tests import integer_support as reference
-from tests.integer_support import RULES, Grid, Rule, quantized, result_of
+from tests.integer_support import DOUBLE, RULES, SINGLE, Grid, Rule, fixed_point, quantized, result_of
 
-NAMED = RULES[:6]  # on one grid no multiplier is met, only the rounding
+# On one grid no multiplier is met, only the rounding: of the centred sum, or of the codes' sum.
+NAMED = [
+    *(Rule(fixed_point(r), "fixed_point", r, before=before) for r in SINGLE for before in (False, True)),
+    RULES[0],
+]
 SHOWN = [RULES[i] for i in (0, 2, 5, 6, 9, 12, 15)]
 
 
@@ -96,6 +101,28 @@ def test_an_average_on_one_grid_divides_the_sum(name: str, rule: Rule) -> None:
     each = [reference.rounded(Fraction(int(v), count), rule.rounding) + more for v in acc.ravel()]
     expected = x.clamped(np.array(each).reshape(acc.shape))
     np.testing.assert_array_equal(run(function, rule, x, x, x_q), expected)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one-grid", "two-grids"])
+@pytest.mark.parametrize("name", ["mean-of-image", "mean-of-channels", "mean-of-rows"])
+def test_a_count_that_divides_the_multiplier_is_folded_into_it(name: str, same: bool) -> None:
+    function, total, count = AVERAGES[name]
+    text = reference.text(DOUBLE).replace('"zero_point_after" }', '"zero_point_after", mean_count = "multiplier" }')
+    x, out = Grid(np.float32(0.3), 17), Grid(np.float32(0.3 if same else 0.07), 17 if same else -5)
+    x_q = x.codes(np.random.default_rng(7), 4, 3, 6, 6)
+    # floor(m 2^k / n) with 2^k the largest power of two up to n, and a shift k longer.
+    multiplier, right = reference.multiplier_of(float(np.float32(x.scale)) / float(np.float32(out.scale)), 31)
+    k = count.bit_length() - 1
+    multiplier, right = (multiplier << k) // count, right + k
+
+    def one(acc: int) -> int:
+        high = reference.high_multiply(acc << max(-right, 0), multiplier)
+        return reference.divide_by_power(high, max(right, 0)) + out.zero_point
+
+    acc = total(x.centred(x_q))
+    expected = out.clamped(np.array([one(int(v)) for v in acc.ravel()]).reshape(acc.shape))
+    result = quantized(Function(function), parse_target(text), x.reals(x_q)[:2], {"input": x, "result": out})
+    np.testing.assert_array_equal(result_of(IntegerModel(result).codes(x.reals(x_q))), expected)
 
 
 def test_an_average_with_a_divisor_of_its_own_divides_by_that_or_is_refused() -> None:
@@ -180,7 +207,7 @@ def test_a_maximum_between_two_grids_is_named() -> None:
         'MaxPool = { kernels = ["two"], same_scale = "input_output" }',
         'MaxPool = { kernels = ["two"], same_scale = "none" }',
     )
-    spec = reference.parse_target(text)
+    spec = parse_target(text)
     x = Grid(0.5, 17)
     result = quantized(Function(MAXIMA["max-pool"]), spec, torch.zeros(2, 3, 6, 6), {"input": x, "result": Grid(0.3)})
     with pytest.raises(IntegerError, match="MaxPool between two grids cannot be executed exactly yet"):

@@ -318,20 +318,23 @@ def test_sums_beyond_two_to_the_24_and_53_stay_exact(width: int, rule: Rule) -> 
     np.testing.assert_array_equal(result_of(found), expected)
 
 
-def test_the_accumulators_of_wide_formats_are_exact_integers() -> None:
-    rng = np.random.default_rng(0)
-    wide = 'bits = 30, signed = true, per = "tensor"'
-    model = nn.Linear(3, 2, bias=False)
-    g = Grid(2.0**-30, 0, -(2**29), 2**29 - 1)
-    w_q = rng.integers(-(2**22), 2**22, (2, 3)) * 2**7
+@pytest.mark.parametrize(("width", "exponent"), [(16, 31), (24, 46), (30, 58)])
+def test_the_accumulators_of_wide_formats_are_exact_integers(width: int, exponent: int) -> None:
+    # Sums of more than 24 bits, of more than float32 holds by far, and of more than 53: to the last bit.
+    rng = np.random.default_rng(width)
+    wide = f'bits = {width}, signed = true, per = "tensor"'
+    model = nn.Linear(6, 4, bias=False)
+    g = Grid(2.0**-width, 0, -(2 ** (width - 1)), 2 ** (width - 1) - 1)
+    step = 2 ** max(width - 24, 0)  # a float32 weight holds 24 bits
+    w_q = rng.integers(g.low // step, (g.high + 1) // step, (4, 6)) * step
     fill(model.weight, g.reals(w_q))
     spec = reference.target(activation=wide, weight=wide, accumulator='bits = 64, overflow = "wrap"')
-    result = quantized(model, spec, torch.zeros(2, 3), {"input": g, "weight": g, "result": g})
-    x_q = rng.integers(-(2**29), 2**29, (5, 3))
+    result = quantized(model, spec, torch.zeros(2, 6), {"input": g, "weight": g, "result": g})
+    x_q = rng.integers(g.low, g.high + 1, (50, 6))
     found = IntegerModel(result).accumulators("gemm", torch.from_numpy(x_q))
     exact = [[sum(int(a) * int(b) for a, b in zip(x, w, strict=True)) for w in w_q] for x in x_q]
     assert found.tolist() == exact
-    assert max(abs(v) for row in exact for v in row) > 2**53
+    assert max(abs(v) for row in exact for v in row) > 2**exponent
 
 
 def test_a_bias_is_not_dropped_where_the_target_does_not_say_how_it_is_added() -> None:
