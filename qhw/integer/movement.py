@@ -11,7 +11,7 @@ from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.products import Fact, Lowered
-from qhw.integer.site import Site
+from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, quantize
 from qhw.schema import Approximation
 
@@ -89,12 +89,19 @@ class Regridding:
 def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:
     """From one grid to another by the requantization of the operator that reads the codes.
 
-    Where the target computes that operator by tables: dequantize every code, and quantize it on the other grid.
+    Where the target computes that operator by tables, or says so: dequantize every code, and quantize it on the other
+    grid.
+
+    Raises:
+        IntegerError: the target leaves open what decides.
     """
     if is_one_grid(source, wanted):
         return Regridding(source, wanted, None)
     rule = site.spec.approximation
-    if isinstance(rule, Approximation) and rule.kind == "table":
+    is_table = isinstance(rule, Approximation) and rule.kind == "table"
+    if not is_table and site.requantize[1].regrid == "unknown":
+        raise unknown(f"{site.requantize[0]}.regrid", "unknown")
+    if is_table or site.requantize[1].regrid == "dequantize":
         codes = torch.arange(source.quant_min, source.quant_max + 1)
         reals = (codes - source.zero_point).float() * source.scale
         return Regridding(source, wanted, None, quantize(reals, wanted, name=site.name).to(carrier(wanted)))

@@ -126,6 +126,10 @@ class Requantize(Table):
         recorded_values=("wrap",),
     )
     per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of the multiplier.")
+    regrid: Literal["ratio", "dequantize"] | Unknown | None = used(
+        "How an operand gets onto another grid than its tensor's: by this requantization with the ratio of both scales, "
+        "or dequantized to float32 and quantized again. Absent: ratio."
+    )
     ratio: Ratio | Unknown | None = recorded("Bounds of input scale times weight scale over output scale.")
 
     def rules(self) -> Iterator[Problem]:
