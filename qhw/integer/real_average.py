@@ -38,7 +38,7 @@ def lower_average_pool(site: Site) -> Lowered:
         return lower_average(site)
     if _is_whole(site) and site.spec.whole_image is not None:
         return lower_average(_as_other(site))
-    if accumulator.bits != 32 or site.spec.rounding_order != "zero_point_before":
+    if accumulator.bits != 32 or not site.adds_zero_point_first:
         raise IntegerError(f"{path}: sums of reals need bits = 32 and a zero point that is added before rounding")
     return _of_reals(site)
 
