@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from qhw.numerics import (
     rescale_shift,
     round_real,
 )
+from qhw.numerics.requantize import FixedPointCodes
 from qhw.schema import Requantize
 
 __all__ = ["Requantization", "clamped", "code_bounds", "fixed_point", "rescaler", "rounding_of"]
@@ -67,6 +69,24 @@ class Requantization:
             return rescale_shift(acc.long(), self.shift, rounding=_single(self.rounding)) + self.zero_point
         found = rescale_fixed_point(acc, self.multiplier, self.shift, bits=self.bits, rounding=self.rounding)
         return found.add_(self.zero_point)
+
+    def codes(self, acc: Tensor, limits: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Codes within limits, in a dtype that holds them: the clamped result of a call, in fewer passes.
+
+        Args:
+            acc: [*shape], whole numbers in float32, float64 or int64.
+            limits: Lowest and highest code.
+            dtype: Of the result.
+        """
+        if self._prepared is None:
+            return clamped(self(acc), limits, dtype)
+        return self._prepared(acc, self.zero_point, *limits, dtype)
+
+    @cached_property
+    def _prepared(self) -> FixedPointCodes | None:
+        if self.multiplier is None or self.shift is None or self.bits is None:
+            return None
+        return FixedPointCodes.of(self.multiplier, self.shift, self.bits, self.rounding)
 
     def _by_factor(self, acc: Tensor, factor: Tensor) -> Tensor:
         if self.kind == "float64":

@@ -112,7 +112,7 @@ def lower_mul(site: Site) -> Lowered:
     rescale = rescaler(site, ratio, int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits}
-    return Lowered(by_table(lambda values: clamped(rescale(accumulate(values)), limits, kept), a, b), accumulate, facts)
+    return Lowered(by_table(lambda values: rescale.codes(accumulate(values), limits, kept), a, b), accumulate, facts)
 
 
 def _is_first_broadcast(site: Site) -> bool:

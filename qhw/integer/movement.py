@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
+from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site, unknown
@@ -83,7 +83,7 @@ class Regridding:
             return codes
         centred = codes - self.source.zero_point.to(codes.dtype)
         limits = self.wanted.quant_min, self.wanted.quant_max
-        return clamped(self.requantize(centred), limits, carrier(self.wanted))
+        return self.requantize.codes(centred, limits, carrier(self.wanted))
 
 
 def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:

@@ -90,7 +90,7 @@ def lower_average(site: Site) -> Lowered:
 
     rescale = rescaler(site, ratio, int(out.zero_point), folded)
     facts = {**sums, "rule": "sum", "requantize": rescale}
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
+    return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
 
 
 def _folded_count(site: Site, divisor: int | Tensor) -> int | None:

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of products: convolutions of every form, linear operators, products of two activations."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qhw.engine import MatrixForm
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds, overflow_of
-from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
+from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
 from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
 from qhw.integer.site import Site, unknown
@@ -29,6 +31,7 @@ __all__ = [
     "product_of",
 ]
 
+_PIECE = 2**18  # elements of the operand or the result, whichever has more
 PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 Run = Callable[[Sequence[Tensor]], Tensor]
@@ -88,14 +91,16 @@ def lower_product(site: Site) -> Lowered:
     dtype = exact_dtype(bounds.largest)
     weight = centred_weight(site).to(dtype)
     shape = _output_shape(site)
-    bias = None if site.bias is None else site.bias.codes.to(dtype).reshape(shape)
-    product = product_of(site)
+    bias = _with_zero_point(site, dtype)
+    is_folded = bias is not None
+    if bias is None and site.bias is not None:
+        bias = site.bias.codes.to(dtype)
+    product = _biased_product(site, bias, shape)
     zero_point = x.zero_point.to(dtype)
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
-        centred = values[0].to(dtype) - zero_point
-        found = product(centred, weight)
-        return overflow(found if bias is None else found.add_(bias))
+        codes = values[0].to(dtype)
+        return overflow(product(codes if is_folded else codes - zero_point, weight))
 
     unit = _unit(site, shape)
     if site.output is None:
@@ -104,7 +109,26 @@ def lower_product(site: Site) -> Lowered:
     rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
+
+    def codes(values: Sequence[Tensor]) -> Tensor:
+        return rescale.codes(accumulate(values), limits, kept)
+
+    return Lowered(_sample_by_sample(site, codes), accumulate, facts)
+
+
+def _sample_by_sample(site: Site, run: Run) -> Run:
+    """The same, a few samples at a time, so that what is made on the way stays in the cache."""
+    given, made = (tuple(node.meta["shape"])[1:] for node in (site.node.all_input_nodes[0], site.node))
+    is_batched = len(given) == len(site.operator.attributes.get("kernel", ())) + 1
+    samples = max(1, _PIECE // max(math.prod(given), math.prod(made), 1))
+
+    def pieces(values: Sequence[Tensor]) -> Tensor:
+        x = values[0]
+        if not is_batched or len(x) <= samples:
+            return run(values)
+        return torch.cat([run([part]) for part in torch.split(x, samples)])
+
+    return pieces
 
 
 def lower_matmul(site: Site) -> Lowered:
@@ -132,7 +156,7 @@ def lower_matmul(site: Site) -> Lowered:
     rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
-    return Lowered(lambda values: clamped(rescale(accumulate(values)), limits, kept), accumulate, facts)
+    return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:
@@ -231,6 +255,37 @@ def _in_reals(site: Site, accumulate: Run, unit: Tensor) -> Lowered:
 
     facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": unit}
     return Lowered(run, accumulate, facts)
+
+
+def _with_zero_point(site: Site, dtype: torch.dtype) -> Tensor | None:
+    """The bias that makes a product of codes one of centred codes, bias - zero point * sum(weight): [out_channels].
+
+    None where it does not: zeros at the border are codes of 0.0 as they are, and a sum may leave what `dtype` holds.
+    """
+    x, kind = site.inputs[0], site.operator.kind
+    padding = site.operator.attributes.get("padding", 0)
+    if kind == "ConvTranspose" or isinstance(padding, str) or np.any(padding) or not dtype.is_floating_point:
+        return None
+    _, rows = weight_rows(site)
+    bias = -int(x.zero_point) * rows.sum(1)
+    if site.bias is not None:
+        bias = bias + site.bias.codes.long()
+    reach = rows.abs().sum(1) * max(-x.quant_min, x.quant_max) + bias.abs()
+    return bias.to(dtype) if exact_dtype(int(reach.max())) in (dtype, torch.float32) else None
+
+
+def _biased_product(site: Site, bias: Tensor | None, shape: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operator's function with a bias; in one call where the call has one, for sums are exact in any order."""
+    product = product_of(site)
+    if bias is None:
+        return product
+    if site.operator.kind == "Gemm" or not bias.dtype.is_floating_point:
+        spread = bias.reshape(shape)
+        return lambda x, w: product(x, w).add_(spread)
+    node = site.node
+    target: Any = node.target
+    rest, kwargs = list(node.args[3:]), dict(node.kwargs)
+    return lambda x, w: target(x, w, bias, *rest, **kwargs)
 
 
 def product_of(site: Site) -> Callable[[Tensor, Tensor], Tensor]:

@@ -63,7 +63,7 @@ def lower_clip(site: Site) -> Lowered:
         return Lowered(lambda values: values[0].clamp(*limits), facts=facts)
     scaled, zero_point = move.requantize, x.zero_point
     return Lowered(
-        lambda values: clamped(scaled(values[0] - zero_point.to(values[0].dtype)), limits, kept),
+        lambda values: scaled.codes(values[0] - zero_point.to(values[0].dtype), limits, kept),
         facts={**facts, "requantize": scaled},
     )
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an accumulator to the scale of the output: by a fixed-point multiplier, a float32 factor, or a shift."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qhw.errors import RangeError
-from qhw.numerics.requantize_float64 import rescale_fast
+from qhw.numerics.requantize_float64 import Factors, Finish, factors_of, rescale_by, rescale_fast
 from qhw.numerics.requantize_int64 import DOUBLE, shift_exactly
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real
 
@@ -124,6 +125,57 @@ def rescale_fixed_point(
     _check_integers("multiplier", multiplier, 0, 2**bits - 1)
     _check_integers("shift", shift, -62, 62)
     return rescale_fast(acc, multiplier, shift, bits, rounding)
+
+
+@dataclass(frozen=True)
+class FixedPointCodes:
+    """`rescale_fixed_point`, a zero point and a clamp in one pass, its arguments checked once.
+
+    code = clamp(rescale_fixed_point(acc, ...) + zero_point, low, high)
+    """
+
+    factors: Factors
+
+    @classmethod
+    def of(
+        cls,
+        multiplier: Tensor,
+        shift: Tensor,
+        bits: int,
+        rounding: Rounding | Literal["double", "double_half_to_plus_infinity"],
+    ) -> "FixedPointCodes":
+        """Prepared multipliers.
+
+        Args:
+            multiplier: int64, not empty, broadcasts against accumulators; 0 <= multiplier < 2**bits.
+            shift: int64, likewise; -62 to 62.
+            bits: Of the multiplier, 1 to 31.
+            rounding: As for `rescale_fixed_point`.
+
+        Raises:
+            RangeError: an argument is out of bounds.
+        """
+        _check_bits(bits)
+        _check_rule(rounding, tuple(DOUBLE))
+        _check_integers("multiplier", multiplier, 0, 2**bits - 1)
+        _check_integers("shift", shift, -62, 62)
+        return cls(factors_of(multiplier, shift, bits, rounding))
+
+    def __call__(self, acc: Tensor, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """Codes, `dtype` [*shape].
+
+        Args:
+            acc: int64, float32 or float64; [*shape].
+            zero_point: Added; within 2**52, as low and high.
+            low: Lowest code.
+            high: Highest code.
+            dtype: Holds every code.
+
+        Raises:
+            RangeError: as `rescale_fixed_point`.
+        """
+        _check_acc(acc)
+        return rescale_by(acc, self.factors, Finish(zero_point, low, high), dtype)
 
 
 def rescale_float32(acc: Tensor, multiplier: Tensor, *, rounding: Rounding = "half_even") -> Tensor:
