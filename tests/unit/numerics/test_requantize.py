@@ -17,6 +17,7 @@ from qhw.numerics import (
     rescale_float32,
     rescale_shift,
 )
+from qhw.numerics.requantize import FixedPointCodes
 from qhw.numerics.requantize_int64 import rescale_int64
 from qhw.testing.reference import round_exact
 
@@ -320,3 +321,16 @@ ONE, F64 = torch.tensor([1]), torch.float64
 def test_what_cannot_be_done_is_refused(call, message):
     with pytest.raises(RangeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rounding", [*ROUNDING_RULES, "double", "double_half_to_plus_infinity"])
+@pytest.mark.parametrize("bound", [2**7, 2**20, 2**30], ids=["exact", "near ties decided in integers", "in int64"])
+def test_prepared_codes_are_the_clamped_result_with_its_zero_point(rounding: str, bound: int) -> None:
+    generator = torch.Generator().manual_seed(bound)
+    acc = torch.randint(-bound, bound, (2, 5, 70, 300), generator=generator)
+    shift = torch.randint(0, 12, (5, 1, 1), generator=generator)
+    multiplier = torch.randint(2**30, 2**31, (5, 1, 1), generator=generator)
+    found = FixedPointCodes.of(multiplier, shift, 31, rounding)(acc, -7, -100, 90, torch.float32)  # type: ignore[arg-type]
+    assert found.dtype == torch.float32
+    exact = rescale_int64(acc, multiplier, shift, 31, rounding) - 7
+    assert torch.equal(found, exact.clamp(-100, 90).float())
