@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("onnxruntime")
 
+import qhw
 from qhw.engine import QuantizedModel
 from qhw.integer import IntegerModel, Site, differences
 from qhw.integer.model import Executed
 from qhw.numerics import QParams, round_real
+from qhw.schema import Requantize
 from qhw_plugins.onnxruntime_executor import OnnxRuntime
 from tests import onnxruntime_support as support
 
@@ -74,7 +76,7 @@ def add_case(
     run: list[Executed] = []
     reals = model(*inputs, watch=lambda name, codes: mine.setdefault(name, codes.integers()), trace=run.append)
     feed = {name: x.numpy() for name, x in zip(result.input_names, inputs, strict=True)}
-    theirs = {name: torch.from_numpy(codes) for name, codes in OnnxRuntime().load_codes(path)(feed).items()}
+    theirs = as_tensors(OnnxRuntime().load_codes(path)(feed))
     assert mine.keys() <= theirs.keys()
     kinds = {site.members[-1].name: site.operator.kind for site in model.sites.values()}
     outcome.cases += 1
@@ -87,6 +89,11 @@ def add_case(
         outcome.differing["output"] += int((found != torch.from_numpy(expected)).sum())
     for mutant in mutants:
         add_mutant(outcome, mutant, run)
+
+
+def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same in torch."""
+    return {name: torch.from_numpy(codes) for name, codes in arrays.items()}
 
 
 def add_mutant(outcome: Outcome, mutant: str, run: list[Executed]) -> None:
@@ -170,6 +177,11 @@ def _codes_averaged(original: Any) -> Any:
     from qhw.integer.pooling import lower_average
 
     return lower_average
+
+
+def _requantize_by_ratio(site: Site) -> tuple[str, Requantize]:
+    name = str(getattr(site.kernel, "requantize", None))
+    return f"requantize.{name}", site.target.requantize[name].model_copy(update={"regrid": "ratio"})
 
 
 def _by_ratio(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,6 +281,43 @@ def test_sums_and_products_of_every_pair_of_codes_are_those_of_onnxruntime(
             other = support.rescaled(result, kind, seed, spread=4.0)
             add_case(outcome, other, support.every_pair(other, broadcast), tmp_path, PAIRS)
     check(outcome, [(mutant, (kind,)) for mutant, kinds in PAIRS.items() for kind in kinds])
+
+
+class Mixed(torch.nn.Module):
+    """One tensor that is read as uint8 and as int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.narrow = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both readings."""
+        y = self.first(x)
+        return self.narrow(y), torch.cat([y, y], 1)
+
+
+@pytest.mark.parametrize("operator", ["narrow", "concat"])
+def test_an_operand_in_another_format_is_dequantized_and_quantized_again(tmp_path: Path, operator: str) -> None:
+    # onnxruntime does so in float, between integer operators: the codes of their results are compared.
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 10, 10)
+    graph = qhw.capture(Mixed().eval(), x)
+    formats = {"*": "u8", "*.weight": "w8", operator: "s8"}
+    plan = qhw.plan(graph, support.TARGET, calibration=x, pipeline="ranges-ptq", formats=formats)
+    assert sum(point.role == "edge" for point in plan.points) == {"narrow": 1, "concat": 2}[operator]
+    result = qhw.quantize(graph, plan, calibration=x)
+    by_ratio = 0
+    for seed in range(6):
+        other = support.rescaled(result, "decimal", seed, spread=3.0)
+        given = support.input_of(other, x, seed)
+        theirs = OnnxRuntime().load_codes(support.exported(other, tmp_path))({"x": given.numpy()})
+        mine = IntegerModel(other).codes(given)
+        assert [one for one in differences(mine, as_tensors(theirs)) if one.differing] == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qhw.integer.movement.Approximation", type("Other", (), {}))
+            patch.setattr("qhw.integer.site.Site.requantize", property(_requantize_by_ratio))
+            by_ratio += sum(one.differing for one in differences(IntegerModel(other).codes(given), mine))
+    assert by_ratio > 0
 
 
 @pytest.mark.slow
