@@ -49,9 +49,7 @@ class Pairwise(Table):
 class Accumulator(Table):
     """The register that sums products."""
 
-    kind: Literal["integer", "float"] | Unknown | None = used(
-        "What is summed: integers, or floats. Absent: integers."
-    )
+    kind: Literal["integer", "float"] | Unknown | None = used("What is summed: integers, or floats. Absent: integers.")
     bits: Width | Literal["per_layer"] | Unknown | None = used(
         'Width of the sum, or "per_layer" where hardware is generated with the width each layer needs.',
         recorded_values=("per_layer",),
@@ -127,8 +125,8 @@ class Requantize(Table):
     )
     per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of the multiplier.")
     regrid: Literal["ratio", "dequantize"] | Unknown | None = used(
-        "How an operand gets onto another grid than its tensor's: by this requantization with the ratio of both scales, "
-        "or dequantized to float32 and quantized again. Absent: ratio."
+        "How an operand gets onto another grid than its tensor's: by this requantization with the ratio of both "
+        "scales, or dequantized to float32 and quantized again. Absent: ratio."
     )
     ratio: Ratio | Unknown | None = recorded("Bounds of input scale times weight scale over output scale.")
 

@@ -145,9 +145,12 @@ def test_channels_that_fit_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "expected"),
-    [("32", "32 bits hold every sum that formats and shapes allow"), ('"unknown"', "the width of the accumulator is unknown"),
-     ('"per_layer"', "the width of the accumulator is per_layer")],
-)  # fmt: skip
+    [
+        ("32", "32 bits hold every sum that formats and shapes allow"),
+        ('"unknown"', "the width of the accumulator is unknown"),
+        ('"per_layer"', "the width of the accumulator is per_layer"),
+    ],
+)
 def test_what_makes_it_needless_is_named(bits: str, expected: str) -> None:
     net, x = network()
     plan = qhw.plan(qhw.capture(net, x[:2]), target(bits), calibration=x, pipeline="ranges-ptq")
