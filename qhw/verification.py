@@ -14,7 +14,7 @@ from qhw.api import exporter_for
 from qhw.engine import Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
 from qhw.errors import CalibrationError, IntegerError
 from qhw.extension import Registry, default_registry
-from qhw.integer import Difference, IntegerModel, differences, simulated_codes
+from qhw.integer import Difference, IntegerModel, differences, prove_accumulators, simulated_codes
 
 __all__ = ["Verification", "verify"]
 
@@ -33,6 +33,7 @@ class Verification:
         runtime: Its name and versions; empty where it was not run.
         not_run: Why the artefact was not run, in words; None where it was.
         host: Operators that run in float32 on the host.
+        overflowing: Operators whose sums some input makes overflow.
     """
 
     samples: int
@@ -41,6 +42,7 @@ class Verification:
     runtime: dict[str, str]
     not_run: str | None
     host: tuple[str, ...]
+    overflowing: tuple[str, ...] = ()
 
     @property
     def first_difference(self) -> Difference | None:
@@ -92,7 +94,9 @@ def verify(
     if call is not None and simulated and not artefacts:
         raise IntegerError(f"{artefact}: shows codes of no tensor of this result. Export the result again.")
     host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
-    return Verification(samples, tuple(simulated.values()), tuple(artefacts.values()), runtime, not_run, host)
+    overflowing = tuple(proof.operator for proof in prove_accumulators(result) if proof.overflowing_channels)
+    compared = tuple(simulated.values()), tuple(artefacts.values())
+    return Verification(samples, *compared, runtime, not_run, host, overflowing)
 
 
 def _add(total: dict[str, Difference], found: Iterable[Difference]) -> None:
@@ -119,7 +123,7 @@ def _runtime(
 ) -> tuple[_Codes | None, dict[str, str], str | None]:
     """The artefact's codes as a function, and the runtime's versions; or why there are none."""
     if artefact is None:
-        return None, {}, "no artefact was given"
+        return None, {}, "there is no artefact"
     own = result.target.artefact.executor if result.target.artefact is not None else None
     if own is None:
         portable = exporter_for(result.target, registry=registry).executor

@@ -67,7 +67,11 @@ class AccumulatorProjection(Algorithm):
                 figures[group] = _fit(work, group, operator)
         changed = [site for site in figures.values() if site["channels"]]
         channels = sum(int(str(site["channels"])) for site in changed)
-        summary = f"{channels} channels of {len(changed)} weights made to fit; no sum of {len(figures)} can overflow"
+        summary = f"no sum of {len(figures)} weights can overflow; {channels} channels of {len(changed)} made to fit"
+        lost = {name: float(str(site["sqnr_db"])) for name, site in figures.items() if site["sqnr_db"] is not None}
+        if changed and lost:
+            worst = min(lost, key=lambda name: lost[name])
+            summary += f", lowest SQNR {lost[worst]:.1f} dB ({worst})"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

@@ -198,8 +198,9 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
         if all(score.subject != "integer" for score in scores):
             print(f"In exact integers it cannot be scored: 'qhw verify {out}' says what the target leaves open.")
     print()
-    print(
-        f"{bytes_words(before)} -> {bytes_words(after)}; {share:.1f} % of {count_words(made.total_macs)} MACs on chip"
-    )
+    hosted = sum(operator.where == "host" for operator in made.operators)
+    host = f"; {hosted} operators on the host" if hosted else ""  # not all of them have MACs that are counted
+    counted = f"{share:.1f} % of {count_words(made.total_macs)} MACs on chip{host}"
+    print(f"{bytes_words(before)} -> {bytes_words(after)}; {counted}")
     print(f"Result in {out}")
     print(f"Next: the artefact is in {out / 'artefacts'}; every decision and its reason in {out / 'plan.json'}")

@@ -23,16 +23,18 @@ DataOption = Annotated[
 def verify(result: ResultArgument, data: DataOption = None, as_json: AsJson = False) -> None:
     """Run a result in the target's exact integer arithmetic and compare code by code.
 
-    Exit status 1 where a code differs from the artefact in the vendor's runtime.
+    Exit status 1 where a code differs from the artefact in the vendor's runtime; 0 where that was not run, which is
+    said with its reason.
 
     Example: qhw verify out/p4 --data examples.digits:calibration
     """
     import qhw
     from qhw.cli.sources import load_calibration
+    from qhw.engine.folder import artefacts_of
 
     loaded = qhw.load(result)
     samples = None if data is None else load_calibration(data, loaded.float_graph)
-    artefacts = sorted((result / "artefacts").glob("*")) if (result / "artefacts").is_dir() else []
+    artefacts = artefacts_of(result)
     found = qhw.verify(loaded, samples, artefact=artefacts[0] if artefacts else None)
     if as_json:
         print_json({**asdict(found), "proven": found.is_proven})
@@ -58,6 +60,9 @@ def _show(target: str, folder: Path, found: "Verification") -> None:
     print()
     paragraph("Target", target)
     paragraph("Samples", str(found.samples))
+    if found.overflowing:
+        names = ", ".join(found.overflowing[:5])
+        paragraph("Sums", f"{len(found.overflowing)} operators can overflow: {names} (qhw accumulators {folder})")
     if found.host:
         paragraph("Host", f"{len(found.host)} operators in float32, not compared: {', '.join(found.host[:5])}")
     total = sum(one.codes for one in found.artefact)

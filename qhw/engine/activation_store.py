@@ -4,24 +4,26 @@
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = ["ActivationStore"]
 
 
 class ActivationStore:
-    """Keeps lists of tensors by key.
+    """Keeps lists of values by key: tensors, and what else a graph passes on (sizes, tuples of an LSTM).
 
     Args:
-        budget_bytes: What may stay in memory; each further list is written to a temporary file of its own, gone when
-            the list is dropped or the store is closed.
+        budget_bytes: What may stay in memory; each further list of tensors is written to a temporary file of its own,
+            gone when the list is dropped or the store is closed. Lists of other values always stay in memory.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
-        self._held: dict[int, tuple[Tensor, ...]] = {}
+        self._held: dict[int, tuple[Any, ...]] = {}
         self._in_memory: dict[int, int] = {}
         self._files: dict[int, Path] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -42,20 +44,22 @@ class ActivationStore:
         """Lists that lie in files now."""
         return len(self._files)
 
-    def put(self, tensors: list[Tensor]) -> int:
-        """Keep a list of tensors of one dtype; returns its key."""
+    def put(self, values: list[Any]) -> int:
+        """Keep a list of values; returns its key."""
         key = self._next
         self._next += 1
+        tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if sum(self._in_memory.values()) + size <= self._budget:
+        is_plain = all(isinstance(value, Tensor) for value in values) and len({t.dtype for t in tensors}) == 1
+        if not is_plain or sum(self._in_memory.values()) + size <= self._budget:
             self._in_memory[key] = size
-            self._held[key] = tuple(tensors)
+            self._held[key] = tuple(values)
         else:
             self._held[key] = self._spill(key, tensors)
         return key
 
-    def get(self, key: int) -> tuple[Tensor, ...]:
-        """The tensors of a key, in order."""
+    def get(self, key: int) -> tuple[Any, ...]:
+        """The values of a key, in order."""
         return self._held[key]
 
     def drop(self, key: int) -> None:

@@ -27,7 +27,15 @@ from qhw.graph.verify import verify_finite
 from qhw.numerics import QParams
 from qhw.schema import TargetSpec, load_target_file, to_json
 
-__all__ = ["is_result_folder", "load_result", "save_result", "why_not_written", "written_files", "written_whole"]
+__all__ = [
+    "artefacts_of",
+    "is_result_folder",
+    "load_result",
+    "save_result",
+    "why_not_written",
+    "written_files",
+    "written_whole",
+]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -90,6 +98,19 @@ def load_result(folder: Path) -> QuantizedModel:
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         what = (str(error).strip() or "damaged").splitlines()[0][:200]
         raise ResultError(f"{folder}: cannot be read: {type(error).__name__}: {what}. Quantize again.") from error
+
+
+def artefacts_of(folder: Path) -> list[Path]:
+    """The artefact's files in a result folder, as its manifest lists them; empty for a result that was not exported.
+
+    Raises:
+        ResultError: it is no result folder, or a file is missing.
+    """
+    listed = [folder / name for name in sorted(_read_manifest(folder)["files"]) if name.startswith("artefacts/")]
+    for path in listed:
+        if not path.is_file():
+            raise ResultError(f"{path}: is missing. Quantize again, or restore the file.")
+    return listed
 
 
 def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedModel:

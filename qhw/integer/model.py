@@ -207,7 +207,9 @@ def _words(result: QuantizedModel, obstacles: tuple[Obstacle, ...]) -> str:
         f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
         for reason, names in by_reason.items()
     ]
+    is_open = any(" is not stated" in part or " is 'unknown'" in part for part in parts)
     return (
-        f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. State the fields in the "
-        "target, or keep these operators in float with --keep-float; 'qhw accumulators' proves the sums all the same."
+        f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. "
+        f"{'State what is open in the target, or keep' if is_open else 'Keep'} these operators in float with "
+        "--keep-float; 'qhw accumulators' proves the sums all the same."
     )

@@ -219,3 +219,25 @@ def test_batch_norms_without_statistics_stay_on_the_host_and_the_plan_says_why()
     assert {o.where for o in plan.operators if o.kind == "BatchNormalization"} == {"host"}
     (refused,) = (refusal for refusal in plan.refused if refusal.algorithm == "batch_norm_folding")
     assert "the batch norm keeps no running statistics" in refused.verdict.sentence()
+
+
+class Recurrent(nn.Module):
+    """Linear operators around an LSTM, which hands on a tuple and sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.lstm, self.after = nn.Linear(8, 16), nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.lstm(self.before(x))[0][:, -1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("formats", [{}, {"*.weight": "w4"}])
+def test_layers_around_an_lstm_are_corrected_and_rounded(formats: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(64, 5, 8)
+    asked = {"example_inputs": x[:2], "calibration": x, "options": {"adaround": {"iterations": 50}} if formats else {}}
+    result = qhw.quantize(model, "whitepaper/generic-int8", formats=formats, **asked)
+    with torch.no_grad():
+        error = (result(x) - model(x)).square().mean() / model(x).square().mean()
+    assert float(error) < 0.1

@@ -276,13 +276,19 @@ def test_an_executor_that_no_plugin_brings_is_a_reason_not_an_error(folder: Path
     assert "no installed plugin brings the executor 'acme_sim'" in " ".join(ran.out.split())
 
 
-def test_an_artefact_that_is_gone_is_said(vendor: Path, qhw_run: Run) -> None:
+def test_an_artefact_that_is_gone_is_an_error_and_one_that_never_was_is_said(
+    vendor: Path, folder: Path, qhw_run: Run
+) -> None:
+    import qhw
+
+    qhw.save(qhw.load(vendor), folder / "out/bare", artefact=False)
+    ran = qhw_run("verify", "out/bare")
+    assert ran.status == 0, ran.err
+    assert "not run: there is no artefact" in " ".join(ran.out.split())
     shutil.rmtree(vendor / "artefacts")
     ran = qhw_run("verify", str(vendor))
-    assert ran.status == 0, ran.err
-    assert "not run: no artefact was given" in " ".join(ran.out.split())
-    (vendor / "artefacts").mkdir()
-    assert "no artefact was given" in " ".join(qhw_run("verify", str(vendor)).out.split())
+    assert ran.status == 1
+    assert "model.onnx: is missing. Quantize again, or restore the file." in ran.err
 
 
 @needs_vnni

@@ -141,3 +141,15 @@ def test_a_model_of_another_batch_size_is_named(registry: Registry, target: Targ
     context = Context(Calibration(images[:32], graph), SilentProgress(), 0)
     with pytest.raises(CalibrationError, match=r"^calibration: the model fails on 32 samples at once: .*dynamic_batch"):
         list(layers(work, context, ["3.weight"]))
+
+
+def test_what_is_no_tensor_stays_in_memory_whatever_the_budget() -> None:
+    with ActivationStore(0) as store:
+        sizes, pairs = store.put([4, 8]), store.put([(torch.ones(2), torch.zeros(3))])
+        tensors = store.put([torch.ones(2), torch.zeros(3)])
+        assert store.get(sizes) == (4, 8)
+        assert torch.equal(store.get(pairs)[0][1], torch.zeros(3))
+        assert store.spilled == 1
+        store.drop(pairs)
+        store.drop(tensors)
+        assert store.spilled == 0

@@ -377,7 +377,7 @@ def test_obstacles_of_one_reason_are_counted_and_those_of_several_are_all_named(
     _, obstacles = lower(result)
     assert [o.operator for o in obstacles] == ["0", "2", "4"]
     with pytest.raises(
-        IntegerError, match=r"kernels\.mac\.accumulator is not stated \(0 and 2 more\)\. State the fields"
+        IntegerError, match=r"kernels\.mac\.accumulator is not stated \(0 and 2 more\)\. State what is open"
     ):
         IntegerModel(result)
 
