@@ -253,8 +253,7 @@ def code_bounds(site: Site) -> tuple[int, int]:
     Raises:
         IntegerError: something else than a clip is computed along.
     """
-    assert site.output is not None
-    low, high = site.output.quant_min, site.output.quant_max
+    low, high = site.result.quant_min, site.result.quant_max
     for member in site.members[0 if site.operator.kind in ("Relu", "Clip") else 1 :]:
         if member.kind == "Dropout":
             continue
@@ -266,8 +265,7 @@ def code_bounds(site: Site) -> tuple[int, int]:
 
 
 def _narrowed(site: Site, minimum: float | None, maximum: float | None, low: int, high: int) -> tuple[int, int]:
-    qparams, rounding = site.output, site.code_rounding
-    assert qparams is not None
+    qparams, rounding = site.result, site.code_rounding
 
     def code(bound: float) -> int:
         scaled = torch.tensor(bound, dtype=torch.float32) / qparams.scale

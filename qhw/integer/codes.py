@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qhw.numerics import QParams, code_dtype
 
-__all__ = ["Codes", "carrier"]
+__all__ = ["Codes", "carrier", "every_code", "is_one_grid", "reach"]
 
 _FLOAT32_EXACT = 2**24
 
@@ -41,3 +41,21 @@ class Codes:
 def carrier(qparams: QParams) -> torch.dtype:
     """The dtype that carries a grid's codes: float32 below 2^24, so that products need no conversion, else int64."""
     return torch.float32 if max(abs(qparams.quant_min), abs(qparams.quant_max)) < _FLOAT32_EXACT else torch.int64
+
+
+def every_code(qparams: QParams) -> Codes:
+    """All codes of a grid, from the lowest on: what a table has an entry for."""
+    return Codes(torch.arange(qparams.quant_min, qparams.quant_max + 1).to(carrier(qparams)), qparams)
+
+
+def reach(qparams: QParams) -> int:
+    """Largest magnitude of a code minus zero point."""
+    zero = int(qparams.zero_point)
+    return max(qparams.quant_max - zero, zero - qparams.quant_min)
+
+
+def is_one_grid(a: QParams, b: QParams) -> bool:
+    """Whether codes of one mean the same on the other."""
+    return (float(a.scale), int(a.zero_point), a.quant_min, a.quant_max) == (
+        float(b.scale), int(b.zero_point), b.quant_min, b.quant_max,
+    )  # fmt: skip

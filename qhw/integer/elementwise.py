@@ -137,6 +137,4 @@ def _is_first_broadcast(site: Site) -> bool:
 def _operands(site: Site) -> tuple[QParams, QParams, QParams]:
     if len(site.inputs) != 2 or site.weight is not None:
         raise IntegerError(f"{site.operator.kind} with a constant cannot be executed exactly yet")
-    if site.output is None:
-        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
-    return site.inputs[0], site.inputs[1], site.output
+    return site.inputs[0], site.inputs[1], site.result

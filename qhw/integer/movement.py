@@ -9,13 +9,13 @@ from torch import Tensor
 
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
-from qhw.integer.codes import carrier
+from qhw.integer.codes import carrier, every_code, is_one_grid
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, quantize
 from qhw.schema import Approximation
 
-__all__ = ["Regridding", "is_one_grid", "lower_concat", "lower_movement", "regridded"]
+__all__ = ["Regridding", "lower_concat", "lower_movement", "regridded"]
 
 
 def lower_movement(site: Site) -> Lowered:
@@ -27,8 +27,7 @@ def lower_movement(site: Site) -> Lowered:
     x, out = site.inputs[0], site.output or site.inputs[0]
     if not is_one_grid(x, out):
         raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
-    target: Any = site.node.target
-    rest, kwargs = list(site.node.args[1:]), dict(site.node.kwargs)
+    function = site.function()
     if len(site.node.all_input_nodes) > 1:
         raise IntegerError(f"{site.operator.kind} with computed arguments cannot be executed exactly yet")
     if site.operator.kind == "Pad" and site.operator.attributes["mode"] == "constant":
@@ -36,7 +35,7 @@ def lower_movement(site: Site) -> Lowered:
         code = int((value.round() + x.zero_point).clamp(x.quant_min, x.quant_max))
         pads = list(site.operator.attributes["padding"])
         return Lowered(lambda values: torch.nn.functional.pad(values[0], pads, value=code), facts={"rule": "move"})
-    return Lowered(lambda values: target(values[0], *rest, **kwargs), facts={"rule": "move"})
+    return Lowered(lambda values: function(values[0]), facts={"rule": "move"})
 
 
 def lower_concat(site: Site) -> Lowered:
@@ -45,10 +44,7 @@ def lower_concat(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open how operands get there.
     """
-    out = site.output
-    if out is None:
-        raise IntegerError("Concat with a float result cannot be executed exactly yet")
-    moves = [regridded(site, x, out) for x in site.inputs]
+    moves = [regridded(site, x, site.result) for x in site.inputs]
     axis, is_stack = int(site.operator.attributes["axis"]), bool(site.operator.attributes.get("stacked"))
     join: Any = torch.stack if is_stack else torch.cat
     limits = code_bounds(site)
@@ -102,15 +98,7 @@ def regridded(site: Site, source: QParams, wanted: QParams) -> Regridding:
     if not is_table and site.requantize[1].regrid == "unknown":
         raise unknown(f"{site.requantize[0]}.regrid", "unknown")
     if is_table or site.requantize[1].regrid == "dequantize":
-        codes = torch.arange(source.quant_min, source.quant_max + 1)
-        reals = (codes - source.zero_point).float() * source.scale
-        return Regridding(source, wanted, None, quantize(reals, wanted, name=site.name).to(carrier(wanted)))
+        entries = quantize(every_code(source).reals(), wanted, name=site.name)
+        return Regridding(source, wanted, None, entries.to(carrier(wanted)))
     rescale = rescaler(site, lambda _, kind: source.scale.to(kind) / wanted.scale.to(kind), int(wanted.zero_point))
     return Regridding(source, wanted, rescale)
-
-
-def is_one_grid(a: QParams, b: QParams) -> bool:
-    """Whether codes of one mean the same on the other."""
-    return (float(a.scale), int(a.zero_point), a.quant_min, a.quant_max) == (
-        float(b.scale), int(b.zero_point), b.quant_min, b.quant_max,
-    )  # fmt: skip

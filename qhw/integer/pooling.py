@@ -10,11 +10,11 @@ from torch import Tensor
 
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import clamped, code_bounds, rescaler, rounding_of
-from qhw.integer.codes import carrier
+from qhw.integer.codes import carrier, is_one_grid, reach
 from qhw.integer.exact import exact_dtype
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site, unknown
-from qhw.numerics import QParams, Rounding
+from qhw.numerics import Rounding
 
 __all__ = ["lower_average", "lower_extremum", "lower_maximum"]
 
@@ -25,10 +25,10 @@ def lower_maximum(site: Site) -> Lowered:
     Raises:
         IntegerError: the grids differ.
     """
-    if not _is_same(site):
+    if site.output is None or not is_one_grid(site.inputs[0], site.output):
         raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
     limits = code_bounds(site)
-    function = _call(site)
+    function = site.function()
     return Lowered(lambda values: function(values[0]).clamp(*limits), facts={"rule": "extremum", "clamp": limits})
 
 
@@ -38,7 +38,7 @@ def lower_extremum(site: Site) -> Lowered:
     Raises:
         IntegerError: the grids differ, or an operand is a constant.
     """
-    if len(site.inputs) != 2 or not _is_same(site) or _grid(site.inputs[0]) != _grid(site.inputs[1]):
+    if len(site.inputs) != 2 or any(site.output is None or not is_one_grid(q, site.output) for q in site.inputs):
         raise IntegerError(f"{site.operator.kind} needs two activations and its result on one grid to be exact")
     limits = code_bounds(site)
     target: Any = site.node.target
@@ -55,12 +55,9 @@ def lower_average(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open what decides.
     """
-    if site.output is None:
-        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
-    x, out = site.inputs[0], site.output
+    x, out = site.inputs[0], site.result
     count, axes, total = _sum_of(site)
-    reach = max(x.quant_max - int(x.zero_point), int(x.zero_point) - x.quant_min) * max(count, 1) * 2
-    dtype = exact_dtype(reach)
+    dtype = exact_dtype(reach(x) * max(count, 1) * 2)
     zero, limits, kept = x.zero_point.to(dtype), code_bounds(site), carrier(out)
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
@@ -121,21 +118,8 @@ def divide(total: Tensor, count: int | Tensor, rule: Rounding) -> Tensor:
 
 def _divides(site: Site) -> bool:
     """Whether a mean on one grid is a quotient of integers: not where the target multiplies by a float32 ratio."""
-    return _is_same(site) and site.operator.kind != "ReduceSum" and site.requantize[1].kind != "float32"
-
-
-def _is_same(site: Site) -> bool:
-    return site.output is not None and _grid(site.inputs[0]) == _grid(site.output)
-
-
-def _grid(q: QParams) -> tuple[float, int, int, int]:
-    return float(q.scale), int(q.zero_point), q.quant_min, q.quant_max
-
-
-def _call(site: Site) -> Callable[[Tensor], Tensor]:
-    target: Any = site.node.target
-    rest, kwargs = list(site.node.args[1:]), dict(site.node.kwargs)
-    return lambda x: target(x, *rest, **kwargs)
+    is_quotient = is_one_grid(site.inputs[0], site.result) and site.operator.kind != "ReduceSum"
+    return is_quotient and site.requantize[1].kind != "float32"
 
 
 def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
@@ -145,7 +129,7 @@ def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor
         return _window_sum(site)
     axes = facts.get("axes")
     spatial = len(facts.get("kernel", ()))
-    shape = _input_shape(site)
+    shape = site.input_shape
     if axes is None:
         axes = list(range(len(shape) - spatial, len(shape)))
     axes = [axis % len(shape) for axis in axes]
@@ -191,7 +175,7 @@ def _windows(site: Site) -> list[tuple[int, int, int, int, int, int]]:
     """Per dimension: size, outputs, kernel, stride, zeros before, zeros behind as far as windows reach."""
     facts = site.operator.attributes
     kernel, stride, padding = facts["kernel"], facts["stride"], facts["padding"]
-    sizes, outputs = (shape[-len(kernel) :] for shape in (_input_shape(site), tuple(site.node.meta["shape"])))
+    sizes, outputs = (shape[-len(kernel) :] for shape in (site.input_shape, tuple(site.node.meta["shape"])))
     return [
         (n, m, k, s, p, max(p, (m - 1) * s + k - n - p))
         for n, m, k, s, p in zip(sizes, outputs, kernel, stride, padding, strict=True)
@@ -211,7 +195,3 @@ def _divisor(site: Site, count: int) -> int | Tensor:
             start, end = start.clamp(min=0), end.clamp(max=size)
         counts = counts[..., None] * (end - start)
     return count if bool((counts == count).all()) else counts
-
-
-def _input_shape(site: Site) -> tuple[int, ...]:
-    return tuple(site.node.all_input_nodes[0].meta["shape"])

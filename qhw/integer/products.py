@@ -14,10 +14,10 @@ from qhw.engine import MatrixForm
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds, overflow_of
 from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
-from qhw.integer.codes import carrier
+from qhw.integer.codes import carrier, reach
 from qhw.integer.exact import exact_dtype
 from qhw.integer.site import Site, unknown
-from qhw.numerics import PerTensor, QParams, accumulator_bounds
+from qhw.numerics import PerGroup, PerTensor, QParams, accumulator_bounds, expand
 
 __all__ = [
     "PRODUCT_KINDS",
@@ -53,11 +53,10 @@ class Lowered:
     facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
-def weight_rows(site: Site) -> tuple[MatrixForm, Tensor]:
+def _weight_rows(site: Site) -> Tensor:
     """Weight codes minus zero point, int64 [out_channels, inputs of an output]."""
-    assert site.weight is not None
-    form = MatrixForm(site.operator, tuple(site.weight.codes.shape))
-    return form, form.weight_rows(centred_weight(site)).flatten(0, 1)
+    weight = centred_weight(site)
+    return MatrixForm(site.operator, tuple(weight.shape)).weight_rows(weight).flatten(0, 1)
 
 
 def product_bounds(site: Site) -> Bounds:
@@ -65,10 +64,9 @@ def product_bounds(site: Site) -> Bounds:
 
     A transposed convolution spreads its taps over neighbouring outputs: there the bound is safe, not tight.
     """
-    _, rows = weight_rows(site)
     x = site.inputs[0]
     lowest, highest = accumulator_bounds(
-        rows,
+        _weight_rows(site),
         input_quant_min=x.quant_min,
         input_quant_max=x.quant_max,
         input_zero_point=int(x.zero_point),
@@ -83,7 +81,6 @@ def lower_product(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open what decides, or the sum may overflow.
     """
-    assert site.weight is not None
     x = site.inputs[0]
     bounds = product_bounds(site)
     overflow = overflow_of(site, bounds)
@@ -118,7 +115,7 @@ def lower_product(site: Site) -> Lowered:
 
 def _sample_by_sample(site: Site, run: Run) -> Run:
     """The same, a few samples at a time, so that what is made on the way stays in the cache."""
-    given, made = (tuple(node.meta["shape"])[1:] for node in (site.node.all_input_nodes[0], site.node))
+    given, made = site.input_shape[1:], tuple(site.node.meta["shape"])[1:]
     is_batched = len(given) == len(site.operator.attributes.get("kernel", ())) + 1
     samples = max(1, _PIECE // max(math.prod(given), math.prod(made), 1))
 
@@ -139,9 +136,9 @@ def lower_matmul(site: Site) -> Lowered:
     """
     a, b = _two(site)
     count = int(site.operator.attributes["reduced_elements"])
-    reach = _reach(a) * _reach(b) * count
-    overflow = overflow_of(site, Bounds(torch.tensor([-reach]), torch.tensor([reach])))
-    dtype = exact_dtype(reach)
+    largest = reach(a) * reach(b) * count
+    overflow = overflow_of(site, Bounds(torch.tensor([-largest]), torch.tensor([largest])))
+    dtype = exact_dtype(largest)
     zeros = a.zero_point.to(dtype), b.zero_point.to(dtype)
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
@@ -165,23 +162,12 @@ def _two(site: Site) -> tuple[QParams, QParams]:
     raise IntegerError("a product with a constant tensor cannot be executed exactly yet")
 
 
-def _reach(qparams: QParams) -> int:
-    zero = int(qparams.zero_point)
-    return max(qparams.quant_max - zero, zero - qparams.quant_min)
-
-
 def centred_weight(site: Site) -> Tensor:
     """int64, like the weight."""
-    assert site.weight is not None
-    qparams = site.weight.qparams
-    codes = site.weight.codes.long()
-    zero = qparams.zero_point.long()
-    if zero.dim() == 1:
-        assert site.weight.axis is not None
-        zero = zero.reshape([-1 if i == site.weight.axis else 1 for i in range(codes.dim())])
-    elif zero.dim() > 1:
+    codes, qparams = site.constant.codes.long(), site.constant.qparams
+    if isinstance(qparams.granularity, PerGroup):
         raise IntegerError("weights with a scale per group of inputs cannot be executed exactly yet")
-    return codes - zero
+    return codes - expand(qparams.zero_point.long(), qparams.granularity, tuple(codes.shape))
 
 
 def _output_shape(site: Site) -> list[int]:
@@ -194,8 +180,7 @@ def _output_shape(site: Site) -> list[int]:
 
 def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
     """What one unit of the accumulator stands for: input scale times weight scale."""
-    assert site.weight is not None
-    x, w = site.inputs[0], site.weight.qparams
+    x, w = site.inputs[0], site.constant.qparams
     scale = w.scale
     if not isinstance(w.granularity, PerTensor):
         # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
@@ -213,12 +198,12 @@ def _check_bias(site: Site) -> None:
         if site.operator.bias is not None:
             raise _bias_left_out(site)
         return
-    assert site.weight is not None and site.kernel is not None
-    applied = site.target.biases[str(site.kernel.bias)].applied
+    rule = site.kernel.bias if site.kernel is not None else None
+    applied = site.target.biases[str(rule)].applied
     if applied == "unknown":
-        raise unknown(f"biases.{site.kernel.bias}.applied", applied)
+        raise unknown(f"biases.{rule}.applied", applied)
     if applied == "after_multiplier":
-        raise IntegerError(f'biases.{site.kernel.bias}.applied = "{applied}" cannot be executed exactly yet')
+        raise IntegerError(f'biases.{rule}.applied = "{applied}" cannot be executed exactly yet')
     unit = _unit(site, [-1])(torch.float32)
     scale = site.bias.qparams.scale
     if bool((site.bias.qparams.zero_point != 0).any()) or not torch.equal(scale.expand(unit.shape), unit):
@@ -266,12 +251,12 @@ def _with_zero_point(site: Site, dtype: torch.dtype) -> Tensor | None:
     padding = site.operator.attributes.get("padding", 0)
     if kind == "ConvTranspose" or isinstance(padding, str) or np.any(padding) or not dtype.is_floating_point:
         return None
-    _, rows = weight_rows(site)
+    rows = _weight_rows(site)
     bias = -int(x.zero_point) * rows.sum(1)
     if site.bias is not None:
         bias = bias + site.bias.codes.long()
-    reach = rows.abs().sum(1) * max(-x.quant_min, x.quant_max) + bias.abs()
-    return bias.to(dtype) if exact_dtype(int(reach.max())) in (dtype, torch.float32) else None
+    largest = rows.abs().sum(1) * max(-x.quant_min, x.quant_max) + bias.abs()
+    return bias.to(dtype) if exact_dtype(int(largest.max())) in (dtype, torch.float32) else None
 
 
 def _biased_product(site: Site, bias: Tensor | None, shape: list[int]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -110,8 +110,7 @@ def _witness(site: Site, bounds: Bounds) -> Witness | None:
     channel = int(torch.maximum(bounds.highest, ~bounds.lowest).argmax())
     wants_highest = int(bounds.highest[channel]) >= ~int(bounds.lowest[channel])
     bound = int(bounds.highest[channel] if wants_highest else bounds.lowest[channel])
-    data = next(node for node in site.node.all_input_nodes if node.op != "get_attr")
-    shape = (1, *tuple(data.meta["shape"])[1:])
+    shape = (1, *site.input_shape[1:])
     axis = -1 if site.operator.kind == "Gemm" else 1
     weight, product = centred_weight(site).double(), product_of(site)
     with exact_settings(), torch.enable_grad():

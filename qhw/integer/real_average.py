@@ -45,13 +45,11 @@ def lower_average_pool(site: Site) -> Lowered:
 
 def _of_reals(site: Site) -> Lowered:
     facts = site.operator.attributes
-    if site.output is None:
-        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
     if facts.get("ceil_mode") or facts.get("divisor"):
         raise IntegerError("a sum of reals over windows that reach past the padding cannot be executed exactly yet")
     kernel, stride, padding = (list(facts[name]) for name in ("kernel", "stride", "padding"))
-    x, out, rounding = site.inputs[0], site.output, rounding_of(site)
-    limits, kept = code_bounds(site), carrier(site.output)
+    x, out, rounding = site.inputs[0], site.result, rounding_of(site)
+    limits, kept = code_bounds(site), carrier(out)
     edges = [edge for pad in reversed(padding) for edge in (pad, pad)]
 
     def total(reals: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ def _of_reals(site: Site) -> Lowered:
 
 def _is_whole(site: Site) -> bool:
     facts = site.operator.attributes
-    image = tuple(site.node.all_input_nodes[0].meta["shape"])[-len(facts["kernel"]) :]
+    image = site.input_shape[-len(facts["kernel"]) :]
     return tuple(facts["kernel"]) == image and not any(facts["padding"])
 
 

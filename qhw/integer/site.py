@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One operator of a quantized model with all that decides its integer result."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -24,12 +25,10 @@ class Constant:
     Attributes:
         codes: In the smallest integer dtype.
         qparams: What they stand for.
-        axis: Of the output channels.
     """
 
     codes: Tensor
     qparams: QParams
-    axis: int | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,39 @@ class Site:
     def name(self) -> str:
         """The operator's name."""
         return self.operator.name
+
+    @property
+    def constant(self) -> Constant:
+        """The weight of an operator that has one.
+
+        Raises:
+            IntegerError: it is not quantized.
+        """
+        if self.weight is None:
+            raise IntegerError(f"{self.operator.kind} without a quantized weight cannot be executed exactly")
+        return self.weight
+
+    @property
+    def result(self) -> QParams:
+        """The grid of the result, for operators that have no float one.
+
+        Raises:
+            IntegerError: the result leaves the accelerator in float.
+        """
+        if self.output is None:
+            raise IntegerError(f"{self.operator.kind} with a float result cannot be executed exactly yet")
+        return self.output
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the first operand that is no parameter, as captured."""
+        return next(tuple(n.meta["shape"]) for n in self.node.all_input_nodes if n.op != "get_attr")
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """The node's own function of its first operand, all other arguments as captured."""
+        target: Any = self.node.target
+        rest, kwargs = list(self.node.args[1:]), dict(self.node.kwargs)
+        return lambda x: target(x, *rest, **kwargs)
 
     @property
     def accumulator(self) -> tuple[str, Accumulator]:
@@ -173,7 +205,7 @@ class _Reader:
         point = points.get(operator.name)
         if point is None:
             return None
-        return Constant(self._result.codes(point), self._qparams[point.group], point.axis)
+        return Constant(self._result.codes(point), self._qparams[point.group])
 
 
 class PointIndex:
@@ -204,9 +236,8 @@ class PointIndex:
 
     def source(self, graph: Graph, value: str) -> QuantPoint | None:
         """The point whose grid a value is on, views looked through."""
-        operators = {operator.name: operator for operator in graph.operators}
         while value not in self.written and value not in self.given:
-            if value not in operators or not operators[value].is_view:
+            if graph.node(value).op == "placeholder" or not graph.operator(value).is_view:
                 return None
-            value = operators[value].inputs[0]
+            value = graph.operator(value).inputs[0]
         return self.written.get(value) or self.given[value]

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of one operand: clamps, lines, and tables with an entry for every code."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import Requantization, clamped, code_bounds, rescaler
-from qhw.integer.codes import carrier
+from qhw.integer.codes import carrier, every_code
 from qhw.integer.movement import regridded
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
@@ -30,19 +28,14 @@ def lower_table(site: Site) -> Lowered:
     rule = site.spec.approximation
     if rule is None or rule == "unknown" or rule.kind != "table":
         raise IntegerError(f"{site.path}.approximation must be a table to be executed exactly")
-    x, out = site.inputs[0], site.output
-    if out is None:
-        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
+    x, out = site.inputs[0], site.result
     size = x.quant_max - x.quant_min + 1
     entries = rule.entries if isinstance(rule.entries, int) else size
     if size > _LARGEST or isinstance(rule.sample_step, int) or entries < size:
         raise IntegerError(
             f"{site.path}: a table of {entries} entries for {size} codes or with interpolation cannot be executed yet"
         )
-    target: Any = site.node.target
-    codes = torch.arange(x.quant_min, x.quant_max + 1)
-    reals = (codes - x.zero_point).float() * x.scale
-    values: Tensor = target(reals, *site.node.args[1:], **site.node.kwargs)
+    values = site.function()(every_code(x).reals())
     table = clamped(quantize(values, out, site.code_rounding, site.name).long(), code_bounds(site), carrier(out))
     facts: dict[str, Fact] = {"rule": "table", "first": x.quant_min, "table": table}
     return Lowered(lambda operands: table[operands[0].long() - x.quant_min], facts=facts)
@@ -54,9 +47,7 @@ def lower_clip(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open how codes get to the other grid.
     """
-    x, out = site.inputs[0], site.output
-    if out is None:
-        raise IntegerError(f"{site.operator.kind} with a float result cannot be executed exactly yet")
+    x, out = site.inputs[0], site.result
     move, limits, kept = regridded(site, x, out), code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "clamp", "clamp": limits}
     if move.requantize is None:
@@ -96,7 +87,7 @@ def lower_slopes(site: Site) -> Lowered:
         return rescaler(site, ratio, int(out.zero_point))
 
     above, below = side(1.0), side(slope)
-    codes = torch.arange(x.quant_min, x.quant_max + 1) - x.zero_point
+    codes = every_code(x).centred().long()
     negative = -codes if site.operator.kind == "Abs" else codes
     values = torch.where(codes >= 0, above(codes), below(negative))
     table = clamped(values, code_bounds(site), carrier(out))

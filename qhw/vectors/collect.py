@@ -14,9 +14,9 @@ from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import wrapped
 from qhw.integer.arithmetic import Requantization
-from qhw.integer.codes import Codes
+from qhw.integer.codes import Codes, is_one_grid
 from qhw.integer.model import Executed
-from qhw.integer.movement import Regridding, is_one_grid, regridded
+from qhw.integer.movement import Regridding, regridded
 from qhw.integer.products import PRODUCT_KINDS, product_bounds
 from qhw.integer.site import Constant, PointIndex, Site
 from qhw.numerics import PerAxis, QParams

@@ -185,7 +185,8 @@ def _requantize_by_ratio(site: Site) -> tuple[str, Requantize]:
 
 
 def _by_ratio(original: Callable[..., Any]) -> Callable[..., Any]:
-    from qhw.integer.movement import Regridding, is_one_grid, rescaler
+    from qhw.integer.codes import is_one_grid
+    from qhw.integer.movement import Regridding, rescaler
 
     def regridded(site: Site, source: QParams, wanted: QParams) -> Any:
         if is_one_grid(source, wanted):
