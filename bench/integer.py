@@ -13,7 +13,7 @@ the first 2,000 test images.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import qhw
 from bench.data import load_models
+from bench.ptq import table
 from qhw.engine import QuantizedModel, SilentProgress, agreement, top1
 from qhw.errors import IntegerError
 from qhw.extension import default_registry
@@ -136,7 +137,7 @@ def fitted(graph: qhw.Graph, bits: int, images: Tensor, test: Tensor, labels: Te
     for without in (("accumulator_projection",), ()):
         wishes: dict[str, Any] = {"calibration": images, "pipeline": "ranges-ptq", "without": without}
         result = qhw.quantize(graph, narrow, progress=SilentProgress(), **wishes)
-        counts.append(str(sum(proof.overflowing_channels for proof in prove_accumulators(result))))
+        counts.append(str(sum(proof.overflowing_channels for proof in prove_accumulators(result, witnesses=False))))
     model = IntegerModel(result)
     with torch.no_grad():
         reference = torch.cat([graph.module(x) for x in test.split(32)])
@@ -158,7 +159,7 @@ def fastest(run: Callable[[], Any]) -> float:
 
 def room(result: QuantizedModel) -> list[str]:
     """Width, the tightest layer, and a count of layers for each number of bits left."""
-    proofs = list(prove_accumulators(result))
+    proofs = list(prove_accumulators(result, witnesses=False))
     known = [proof for proof in proofs if proof.headroom is not None]
     if not known:
         return ["not known", "", "", ""]
@@ -168,11 +169,6 @@ def room(result: QuantizedModel) -> list[str]:
         counts[proof.headroom or 0] = counts.get(proof.headroom or 0, 0) + 1
     spread = ", ".join(f"{left}: {count}" for left, count in sorted(counts.items()))
     return [str(tightest.bits), tightest.operator, str(tightest.headroom), spread]
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class Proof:
         bits_needed: Width that holds all of them, the sign included.
         bits: Width that the target has; None where it does not say.
         overflow: What it says happens past that.
-        witness: An input that attains the largest magnitude; None where the bound is safe but not attained.
+        witness: An input that attains the largest magnitude; None where the bound is safe but not attained,
+            and where none was asked for.
     """
 
     operator: str
@@ -69,20 +70,21 @@ class Proof:
         return 0 if self.bits is None else int((self.bounds.bits > self.bits).sum())
 
 
-def prove_accumulators(result: QuantizedModel) -> Iterator[Proof]:
+def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Iterator[Proof]:
     """The accumulators of every operator with weights, in execution order.
 
-    Does not need the target to say how it requantizes. Costs one gradient of one output per operator.
+    Does not need the target to say how it requantizes.
 
     Args:
         result: The quantized model.
+        witnesses: Whether inputs are looked for that attain the bounds: one gradient of one output per operator.
     """
     for site in sites(result):
         if site.operator.kind in PRODUCT_KINDS and site.weight is not None and site.inputs:
-            yield _proof(site)
+            yield _proof(site, witnesses)
 
 
-def _proof(site: Site) -> Proof:
+def _proof(site: Site, wants_witness: bool) -> Proof:
     bounds = product_bounds(site)
     try:
         path, spec = site.accumulator
@@ -95,7 +97,7 @@ def _proof(site: Site) -> Proof:
         bits_needed=int(bounds.bits.max()),
         bits=spec.bits if spec is not None and isinstance(spec.bits, int) else None,
         overflow=spec.overflow if spec is not None else None,
-        witness=_witness(site, bounds),
+        witness=_witness(site, bounds) if wants_witness else None,
     )
 
 
