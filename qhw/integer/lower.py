@@ -2,13 +2,13 @@
 """From a quantized model to integer operators: each kind's form, and what stands against it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
 from qhw.graph import MOVEMENT_KINDS
 from qhw.integer.elementwise import lower_add, lower_mul
-from qhw.integer.movement import lower_concat, lower_movement
+from qhw.integer.movement import lower_concat, lower_movement, regridded
 from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
 from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
@@ -63,7 +63,8 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")
             _check_approximation(site)
-            found[site.name] = site, form(site)
+            moves = tuple(regridded(site, *grids) for grids in zip(site.sources, site.inputs, strict=True))
+            found[site.name] = site, replace(form(site), moves=moves)
         except IntegerError as error:
             obstacles.append(Obstacle(site.name, str(error)))
     return found, tuple(obstacles)

@@ -13,7 +13,6 @@ from qhw.graph import MOVEMENT_KINDS, Operator
 from qhw.integer.codes import Codes, carrier
 from qhw.integer.exact import exact_settings
 from qhw.integer.lower import Obstacle, lower
-from qhw.integer.movement import regridded
 from qhw.integer.products import Lowered
 from qhw.integer.site import PointIndex, Site
 from qhw.numerics import quantize
@@ -162,18 +161,14 @@ class IntegerModel:
 
     def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch) -> Codes:
         value = values[self._node_of(name)]
-        edge = self._points.edge(site.name, index)
         if not isinstance(value, Codes):
-            point = self._points.source(self._graph, name) or edge
+            point = self._points.source(self._graph, name) or self._points.edge(site.name, index)
             if point is None:
                 raise IntegerError(f"{site.name}: operand '{name}' has no grid. Plan again.")
             qparams = self._qparams[point.group]
             value = Codes(quantize(value, qparams, name=name).to(carrier(qparams)), qparams)
             watch(point.tensor, value)
-        if edge is None:
-            return value
-        wanted = self._qparams[edge.group]
-        return Codes(regridded(site, value.qparams, wanted)(value.values), wanted)
+        return Codes(self._forms[site.name].moves[index](value.values), site.inputs[index])
 
     def _node_of(self, name: str) -> fx.Node:
         return self._graph.node(name)

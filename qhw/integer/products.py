@@ -45,12 +45,14 @@ class Lowered:
     Attributes:
         run: Codes of the operands, as carried -> codes of the result, as carried; reals where `output` is None.
         accumulate: Codes of the operands -> accumulators before requantization; None where there is none.
+        moves: Per operand, codes of its tensor -> codes on the grid that `run` reads.
         facts: What `run` computes with, by name; `rule` names the formula. Golden vectors show it.
     """
 
     run: Run
     accumulate: Run | None = None
     facts: Mapping[str, Fact] = field(default_factory=dict)
+    moves: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 def _weight_rows(site: Site) -> Tensor:

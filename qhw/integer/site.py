@@ -42,7 +42,8 @@ class Site:
         spec: The target's entry for its kind.
         path: Where that stands, as `operators.Conv`.
         kernel: Its kernel; None for an operator that only moves data.
-        inputs: QParams of each operand that is an activation.
+        sources: QParams of the tensor behind each operand that is an activation.
+        inputs: QParams of each of these operands as it is read: others where an edge gives it a format of its own.
         output: QParams of the result; None where it leaves the accelerator in float.
         output_format: The target's entry for the grid of the result.
         weight: The constant operand.
@@ -57,6 +58,7 @@ class Site:
     path: str
     kernel: Kernel | None
     kernel_name: str
+    sources: tuple[QParams, ...]
     inputs: tuple[QParams, ...]
     output: QParams | None
     output_format: Format | None
@@ -184,7 +186,8 @@ class _Reader:
         path = placement.subject.removesuffix(".kernels")
         kernel = None if placement.kernel is None else self._result.target.kernels[placement.kernel]
         produced = self._points.written.get(members[-1].name)
-        read = (self._points.read(self._graph, operator, index) for index in range(len(operator.inputs)))
+        behind = [self._points.source(self._graph, name) for name in operator.inputs]
+        read = [self._points.edge(operator.name, index) or point for index, point in enumerate(behind)]
         return Site(
             operator=operator,
             node=self._graph.node(operator.name),
@@ -193,6 +196,7 @@ class _Reader:
             path=path,
             kernel=kernel,
             kernel_name=str(placement.kernel),
+            sources=tuple(self._qparams[(b or r).group] for b, r in zip(behind, read, strict=True) if r is not None),
             inputs=tuple(self._qparams[point.group] for point in read if point is not None),
             output=None if produced is None else self._qparams[produced.group],
             output_format=None if produced is None else self._result.target.formats.get(produced.format),
