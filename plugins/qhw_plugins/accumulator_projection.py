@@ -12,7 +12,7 @@ from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Surve
 from qhw.engine import MatrixForm
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
-from qhw.graph import Graph, Operator, Placement
+from qhw.graph import Graph, Operator, Placement, input_point
 from qhw.numerics import Grid, PerAxis, QParams, accumulator_bits_needed, accumulator_bounds, expand, legal_scale
 from qhw.schema import TargetSpec
 
@@ -84,10 +84,10 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
     if not isinstance(bits, int):
         value = bits if bits is not None else name
         return _refused(subject, value, "the width of the accumulator is {value}: nothing to hold sums to")
-    weight, inputs = target.formats[weight_format], _input_format(operator, points, target)
+    weight, point = target.formats[weight_format], input_point(points.points, operator.name)
     count = int(operator.attributes["in_channels"]) // int(operator.attributes.get("groups", 1))
     count *= math.prod(operator.attributes.get("kernel", ()))
-    reach = _reach(weight) * (_reach(inputs) if inputs is not None else 0) * count
+    reach = _reach(weight) * (_reach(target.formats[point.format]) if point is not None else 0) * count
     if weight.zero_point not in (0, None) or not reach:
         return _refused(
             f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point of {value}"
@@ -101,16 +101,6 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
 
 def _refused(subject: str, value: Json, rule: str) -> Verdict:
     return Verdict(taken=False, reasons=(Reason(subject=subject, value=value, rule=rule),))
-
-
-def _input_format(operator: Operator, points: Placement, target: TargetSpec) -> Any:
-    for point in points.points:
-        if point.role == "edge" and point.name == f"{operator.name}.input.0":
-            return target.formats[point.format]
-    for point in points.points:
-        if point.role in ("activation", "input") and operator.name in point.consumers:
-            return target.formats[point.format]
-    return None
 
 
 def _reach(spec: Any) -> int:

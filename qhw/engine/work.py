@@ -14,7 +14,7 @@ from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
 from qhw.engine.work_folder import KeptStep
 from qhw.errors import PlanError, RangeError
-from qhw.graph import Graph, QuantPoint
+from qhw.graph import Graph, QuantPoint, input_point
 from qhw.numerics import ChannelNormal, Granularity, Grid, QParams, fake_quantize, legal_scale
 from qhw.schema import TargetSpec
 
@@ -129,13 +129,10 @@ class Work:
         Raises:
             PlanError: it is not quantized.
         """
-        for point in self.plan.points:
-            if point.role == "edge" and point.operator == operator and point.name.endswith(".input.0"):
-                return point.group
-        for point in self.plan.points:
-            if point.role in ("activation", "input") and operator in point.consumers:
-                return point.group
-        raise PlanError(f"{operator}: its input is not quantized, so its sums have no scale. Plan again.")
+        point = input_point(self.plan.points, operator)
+        if point is None:
+            raise PlanError(f"{operator}: its input is not quantized, so its sums have no scale. Plan again.")
+        return point.group
 
     def grid(self, group: str) -> Grid:
         """What the group's format allows."""

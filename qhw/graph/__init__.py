@@ -7,7 +7,7 @@ from qhw.graph.inputs import ExampleInputs
 from qhw.graph.kinds import ATEN_KINDS, KNOWN_KINDS, MOVEMENT_KINDS, VIEW_KINDS
 from qhw.graph.operator import Operator
 from qhw.graph.placement import Placement, place
-from qhw.graph.points import FixedEncoding, OperatorPlacement, QuantPoint
+from qhw.graph.points import FixedEncoding, OperatorPlacement, QuantPoint, input_point
 from qhw.graph.saving import graph_from_json, graph_to_json
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "capture",
     "graph_from_json",
     "graph_to_json",
+    "input_point",
     "place",
 ]

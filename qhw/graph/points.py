@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization points and operator placements: where tensors are quantized, and who runs what. Data only."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -58,3 +59,14 @@ class OperatorPlacement(_Data):
     fused_into: str | None = Field(None, description="The operator whose kernel computes this one too.")
     subject: str = Field("", description="Target field or graph fact that decided.")
     reason: str = Field("", description="What it decided, in words.")
+
+
+def input_point(points: Iterable[QuantPoint], operator: str) -> QuantPoint | None:
+    """The point whose grid an operator's first operand is on, which it multiplies with its weights; None without."""
+    readable: QuantPoint | None = None
+    for point in points:
+        if point.role == "edge" and point.name == f"{operator}.input.0":
+            return point
+        if readable is None and point.role in ("activation", "input") and operator in point.consumers:
+            readable = point
+    return readable

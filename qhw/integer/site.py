@@ -187,7 +187,7 @@ class _Reader:
         kernel = None if placement.kernel is None else self._result.target.kernels[placement.kernel]
         produced = self._points.written.get(members[-1].name)
         behind = [self._points.source(self._graph, name) for name in operator.inputs]
-        read = [self._points.edge(operator.name, index) or point for index, point in enumerate(behind)]
+        read = [self._points.read(self._graph, operator, index) for index in range(len(operator.inputs))]
         return Site(
             operator=operator,
             node=self._graph.node(operator.name),
