@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import qhw
 from qhw.decisions import QuantPlan
-from qhw.errors import RangeError
+from qhw.engine import Work
+from qhw.errors import PlanError, RangeError
 from qhw.integer import IntegerModel, prove_accumulators
 from qhw.schema import parse_target
 from qhw_plugins import accumulator_projection
@@ -179,3 +180,11 @@ def test_a_bias_that_fills_the_accumulator_on_every_legal_scale_is_an_error() ->
     spec = target("10", per="tensor", signed=True, zero=True, scale='{ kind = "power_of_two", exponent_max = 0 }')
     with pytest.raises(RangeError, match=r"0\.weight: its sums need \d+ bits, of which 10 are there"):
         qhw.quantize(net.eval(), spec, example_inputs=x[:2], calibration=x, pipeline="ranges-ptq")
+
+
+def test_an_operator_whose_input_is_not_quantized_has_no_input_group() -> None:
+    result = quantized(target("32"))
+    work = Work(result.float_graph, result.target, result.plan)
+    assert work.input_group("0") == "input"
+    with pytest.raises(PlanError, match=r"nowhere: its input is not quantized, so its sums have no scale\. Plan again"):
+        work.input_group("nowhere")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import qhw
-from qhw.decisions import QuantPlan
+from qhw.decisions import QuantPlan, StepReport
 from qhw.errors import CaptureError, PlanError, PluginError
 from qhw.graph import place
 from qhw.schema import parse_target
+from qhw_plugins.relu6_replacement import Relu6Replacement
 
 TARGET = """
 schema_version = 1
@@ -187,3 +188,14 @@ def test_a_bad_option_is_named() -> None:
     graph = qhw.capture(network(), images()[:1])
     with pytest.raises((PlanError, PluginError), match="min_precision"):
         qhw.plan(graph, target(), options={"relu6_replacement": {"min_precision": -1}})
+
+
+def test_a_step_that_does_not_change_what_its_plan_says_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(self: Any, work: Any, step: Any, context: Any) -> StepReport:
+        return StepReport(stage=step.stage, algorithm=self.name, summary="nothing done")
+
+    monkeypatch.setattr(Relu6Replacement, "apply", nothing)
+    words = r"2: the plan counts on it being Relu, and no step changed Clip\. Put that step back, or plan again with"
+    with pytest.raises(PlanError, match=words):
+        others = ("cross_layer_equalization", "bias_absorption")
+        qhw.quantize(network(), target(), example_inputs=images()[:1], without=others)

@@ -110,3 +110,5 @@ def test_a_witness_that_cannot_be_written_and_a_result_that_is_none_are_one_line
         assert ran.status == 1
         assert len(ran.err.strip().splitlines()) == 1
         assert ran.err.startswith("error: ") and word in ran.err
+    ran = qhw_run("accumulators", result("32"), "--witness", "no/such/w.npz")
+    assert "cannot be written: No such file or directory. Choose another --witness." in ran.err

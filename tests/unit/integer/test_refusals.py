@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be executed exactly says so word by word: one model and one change of the target for each reason."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qhw
+from qhw.errors import IntegerError
+from qhw.integer import IntegerModel
+from qhw.schema import parse_target
+from tests import integer_support as reference
+
+FLOAT, FIXED, SHIFT = reference.FLOAT32, reference.DOUBLE, reference.SHIFT
+POWER = f'{reference.S8}, scale = {{ kind = "power_of_two" }}'
+POWER_W = f'{reference.W8}, scale = {{ kind = "power_of_two" }}'
+
+
+class Of(nn.Module):
+    """A function of its inputs as a model."""
+
+    def __init__(self, function: Callable[..., Tensor], *constants: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.constants = nn.ParameterList(nn.Parameter(c, requires_grad=False) for c in constants)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.function(*x, *self.constants)
+
+
+def result_of(model: nn.Module, text: str, *example: Tensor) -> Any:
+    return reference.calibrated(model, parse_target(text), example)
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3)
+
+
+def row(kind: str, more: str) -> Callable[[str], str]:
+    """A change of a target: more in one operator's row."""
+    return lambda text: text.replace(f"operators.{kind} = {{", f"operators.{kind} = {{ {more},")
+
+
+X, IMAGE = torch.linspace(-1, 1, 8).reshape(2, 4), torch.linspace(-1, 1, 128).reshape(2, 4, 4, 4)
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Callable[[str], str], str]] = {
+    "stages": (
+        linear, (X,), reference.text(),
+        lambda t: t.replace('"half_even" }', '"half_even", stages = [{ operation = "shift", rounding = "floor" }] }'),
+        "requantize.r.stages cannot be executed yet",
+    ),
+    "count in a float multiplier": (
+        lambda: Of(lambda x: x.mean(1)), (X,), reference.text(), row("ReduceMean", 'mean_count = "multiplier"'),
+        'operators.ReduceMean.mean_count = "multiplier" needs requantize kind fixed_point',
+    ),
+    "windows of several counts": (
+        lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), (IMAGE,), reference.text(FIXED),
+        row("AveragePool", 'mean_count = "multiplier"'),
+        'operators.AveragePool.mean_count = "multiplier" needs windows of one count',
+    ),
+    "zero point first in fixed point": (
+        linear, (X,), reference.text(FIXED, order="zero_point_before"), str,
+        'operators.Gemm.rounding_order = "zero_point_before" needs requantize kind float32',
+    ),
+    "zero point first in a fixed-point sum": (
+        lambda: Of(lambda x: x + x), (X,), reference.text(FIXED, order="zero_point_before"), str,
+        'operators.Add.rounding_order = "zero_point_before" needs requantize kind float32',
+    ),
+    "zero point first away from zero": (
+        linear, (X,),
+        reference.text('kind = "float32", rounding = "half_away_from_zero"', order="zero_point_before"), str,
+        "a zero point that is added before rounding needs half_even",
+    ),
+    "a ratio that is no power of two": (
+        linear, (X,), reference.text(SHIFT), str,
+        'requantize.r.kind = "shift" needs a ratio of scales that is a power of two; got',
+    ),
+    "a shift that the target has not": (
+        linear, (X,), reference.text(
+            'kind = "shift", rounding = "floor", shift = { min = 30, max = 31 }', activation=POWER, weight=POWER_W,
+        ), str,
+        "requantize.r.shift goes from 30 to 31, and this operator needs",
+    ),
+    "a sum by shifts": (
+        lambda: Of(lambda x: x + x), (X,), reference.text(SHIFT, activation=POWER), str,
+        'requantize.r.kind = "shift" cannot be executed for Add yet',
+    ),
+    "each operand repeated along the other": (
+        lambda: Of(lambda x, y: x + y), (IMAGE[:, :1], IMAGE[:, :, :1]),
+        reference.text(order="zero_point_before"), str,
+        "Add of operands that are each broadcast along the other cannot be executed exactly: the order of its float32 "
+        "sum is not known",
+    ),
+    "a result in another grid's extremum": (
+        lambda: Of(torch.maximum), (X, 3 * X), reference.text(), lambda t: t + 'operators.Max = { kernels = ["two"] }',
+        "Max needs two activations and its result on one grid to be exact",
+    ),
+    "no form": (
+        lambda: nn.Softmax(1), (X,), reference.text(), lambda t: t + 'operators.Softmax = { kernels = ["two"] }',
+        "Softmax has no integer form in qhw yet",
+    ),
+    "a negative slope": (
+        lambda: nn.LeakyReLU(-0.5), (X,), reference.text(without=("LeakyRelu",)),
+        lambda t: t + 'operators.LeakyRelu = { kernels = ["two"] }',
+        "LeakyRelu with slope -0.5 cannot be executed exactly yet",
+    ),
+    "a constant summand": (
+        lambda: Of(lambda x, c: x + c, torch.ones(4)), (X,), reference.text(),
+        lambda t: t.replace('kernels.two = { input = ["a"],', 'kernels.two = { input = ["a"], weight = ["a"],'),
+        "Add with a constant cannot be executed exactly yet",
+    ),
+    "rounding of codes": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU6()), (X,),
+        reference.text(activation=f'{reference.S8}, rounding = "double"'), str,
+        'formats.*.rounding = "double" names no single rounding',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_the_reason_is_given_word_by_word_with_the_operator(name: str) -> None:
+    make, example, text, change, reason = REFUSED[name]
+    result = result_of(make(), change(text), *example)
+    with pytest.raises(IntegerError, match=rf"{re.escape(reason)}.*\("):
+        IntegerModel(result)
+
+
+def test_a_ratio_that_float32_cannot_hold_says_so() -> None:
+    result = result_of(linear(), reference.text(), X)
+    result.quantizer("gemm").scale.data.fill_(1e38)
+    result.quantizer("input").scale.data.fill_(1e-20)
+    bias = next(point for point in result.plan.points if point.role == "bias")
+    weight = next(point for point in result.plan.points if point.role == "weight")
+    unit = result.quantizer("input").scale * result.quantizer(weight.group).scale
+    result.quantizer(bias.group).scale.data.copy_(unit)
+    result.float_graph.tensor(bias.tensor).data.zero_()
+    with pytest.raises(IntegerError, match=r"its ratio of scales must be a positive float32; got 0\. Change a scale"):
+        IntegerModel(result)
+
+
+def test_a_model_that_the_host_runs_has_no_vectors(tmp_path: Any) -> None:
+    result = result_of(Of(lambda x: torch.cumsum(x, 1)), reference.text(), X)
+    with pytest.raises(IntegerError, match="no operator runs on the accelerator, so there are no vectors"):
+        qhw.golden(result, tmp_path / "vectors", data=[X])
+
+
+def test_an_accumulator_is_asked_of_an_operator_that_sums() -> None:
+    model = IntegerModel(result_of(nn.Sigmoid(), reference.text(), X))
+    with pytest.raises(IntegerError, match=r"sigmoid: sums no products on the accelerator\."):
+        model.accumulators("sigmoid", torch.zeros(1, 4))
