@@ -69,7 +69,7 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
 
 
 def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
-    if site.spec.rounding_order == "zero_point_before":
+    if site.adds_zero_point_first:
         raise IntegerError(f'{site.path}.rounding_order = "zero_point_before" needs requantize kind float32')
     table = site.spec.preshift_bits
     where = f"{site.path}.preshift_bits"

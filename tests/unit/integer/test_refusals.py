@@ -71,6 +71,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         lambda: Of(lambda x: x + x), (X,), reference.text(FIXED, order="zero_point_before"), str,
         'operators.Add.rounding_order = "zero_point_before" needs requantize kind float32',
     ),
+    "an open order of a fixed-point sum": (
+        lambda: Of(lambda x: x + x), (X,), reference.text(FIXED, order="unknown"), str,
+        "operators.Add.rounding_order is 'unknown'",
+    ),
     "zero point first away from zero": (
         linear, (X,),
         reference.text('kind = "float32", rounding = "half_away_from_zero"', order="zero_point_before"), str,
