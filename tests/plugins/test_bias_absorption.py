@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qhw
-from qhw.decisions import Pipeline, QuantPlan, Refusal, Resources, StagePreference, Step, StepReport
+from qhw.decisions import QuantPlan, Refusal, Resources, Step, StepReport
 from qhw.engine import Calibration, Context, SilentProgress, Work
 from qhw.errors import CalibrationError, PlanError
-from qhw.extension import PluginInfo, Registry, hookimpl, load_plugins
+from qhw.extension import Registry
 from qhw.graph import place
 from qhw.schema import TargetSpec, parse_target
 from qhw.testing import MODELS, calibration_for, example
 from qhw_plugins import batch_norm_folding, bias_absorption, cross_layer_equalization, min_max, nearest
 from qhw_plugins.bias_absorption import BiasAbsorption, BiasAbsorptionOptions, absorb, pads_zeros
 from qhw_plugins.equalization_pairs import Pair, PairFinder
+from tests.equalizing import registry_of
 
 TARGET = """
 schema_version = 1
@@ -40,35 +41,12 @@ ALONE = ("bias_absorption",)
 BOTH = ("cross_layer_equalization", "bias_absorption")
 
 
-class Absorbing:
-    """Pipelines with the stage in question."""
-
-    @hookimpl
-    def qhw_plugin_info(self) -> PluginInfo:
-        return PluginInfo(api=1, summary="pipelines for tests")
-
-    @hookimpl
-    def qhw_register_pipelines(self) -> list[Pipeline]:
-        def make(name: str, algorithms: tuple[str, ...]) -> Pipeline:
-            stages = (
-                StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
-                StagePreference(stage="equalize", algorithms=algorithms, mode="all"),
-                StagePreference(stage="weight_range", algorithms=("min_max_weights",)),
-                StagePreference(stage="round", algorithms=("nearest",)),
-                StagePreference(stage="activation_range", algorithms=("min_max",)),
-            )
-            return Pipeline(name=name, summary="For tests.", is_default=name == "alone", stages=stages)
-
-        return [make("alone", ALONE), make("both", BOTH)]
-
-
 PLUGINS = (batch_norm_folding, cross_layer_equalization, bias_absorption, min_max, nearest)
 
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    extra: list[tuple[str, Any]] = [(module.__name__.rpartition(".")[2], module) for module in PLUGINS]
-    return load_plugins(block=(), entry_points=(), extra=[*extra, ("absorbing", Absorbing())])
+    return registry_of(*PLUGINS, alone=ALONE, both=BOTH)
 
 
 @pytest.fixture(scope="module")

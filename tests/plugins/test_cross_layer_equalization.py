@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qhw
-from qhw.decisions import Pipeline, QuantPlan, Resources, StagePreference, StepReport, Survey
+from qhw.decisions import QuantPlan, Resources, StepReport, Survey
 from qhw.engine import Calibration, Context, SilentProgress, Work
 from qhw.errors import PlanError
-from qhw.extension import PluginInfo, Registry, hookimpl, load_plugins
+from qhw.extension import Registry
 from qhw.graph import Graph, Operator, place
 from qhw.schema import TargetSpec, parse_target
 from qhw.testing import MODELS, calibration_for, example
 from qhw_plugins import batch_norm_folding, cross_layer_equalization, min_max, nearest
 from qhw_plugins.cross_layer_equalization import CrossLayerEqualization, equalize
 from qhw_plugins.equalization_pairs import Pair, PairFinder
+from tests.equalizing import registry_of
 
 TARGET = """
 schema_version = 1
@@ -39,32 +40,12 @@ fallback = "host"
 """
 
 
-class Equalizing:
-    """A pipeline with the stage in question."""
-
-    @hookimpl
-    def qhw_plugin_info(self) -> PluginInfo:
-        return PluginInfo(api=1, summary="a pipeline for tests")
-
-    @hookimpl
-    def qhw_register_pipelines(self) -> list[Pipeline]:
-        stages = (
-            StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
-            StagePreference(stage="equalize", algorithms=("cross_layer_equalization",), mode="all"),
-            StagePreference(stage="weight_range", algorithms=("min_max_weights",)),
-            StagePreference(stage="round", algorithms=("nearest",)),
-            StagePreference(stage="activation_range", algorithms=("min_max",)),
-        )
-        return [Pipeline(name="equalizing", summary="For tests.", is_default=True, stages=stages)]
-
-
 PLUGINS = (batch_norm_folding, cross_layer_equalization, min_max, nearest)
 
 
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    extra: list[tuple[str, Any]] = [(module.__name__.rpartition(".")[2], module) for module in PLUGINS]
-    return load_plugins(block=(), entry_points=(), extra=[*extra, ("equalizing", Equalizing())])
+    return registry_of(*PLUGINS, equalizing=("cross_layer_equalization",))
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import qhw
-from qhw.decisions import Pipeline, QuantPlan, StagePreference
+from qhw.decisions import QuantPlan
 from qhw.engine import Calibration, Context, SilentProgress, Work
-from qhw.extension import PluginInfo, Registry, hookimpl, load_plugins
+from qhw.extension import Registry
 from qhw_plugins import batch_norm_folding, bias_absorption, cross_layer_equalization, min_max, nearest
+from tests.equalizing import registry_of
 
 TARGET = "whitepaper/generic-int8"
 PLUGINS = (batch_norm_folding, bias_absorption, cross_layer_equalization, min_max, nearest)
@@ -19,30 +20,9 @@ PLUGINS = (batch_norm_folding, bias_absorption, cross_layer_equalization, min_ma
 NETWORKS = {"resnet20": (9, 9), "resnet32": (15, 15), "mobilenetv2": (2, 0), "unbalanced": (37, 34)}
 
 
-class Preserving:
-    """A pipeline of the steps that preserve the function."""
-
-    @hookimpl
-    def qhw_plugin_info(self) -> PluginInfo:
-        return PluginInfo(api=1, summary="a pipeline for tests")
-
-    @hookimpl
-    def qhw_register_pipelines(self) -> list[Pipeline]:
-        steps = ("cross_layer_equalization", "bias_absorption")
-        stages = (
-            StagePreference(stage="prepare", algorithms=("batch_norm_folding",), mode="all"),
-            StagePreference(stage="equalize", algorithms=steps, mode="all"),
-            StagePreference(stage="weight_range", algorithms=("min_max_weights",)),
-            StagePreference(stage="round", algorithms=("nearest",)),
-            StagePreference(stage="activation_range", algorithms=("min_max",)),
-        )
-        return [Pipeline(name="preserving", summary="For tests.", is_default=True, stages=stages)]
-
-
 @pytest.fixture(scope="module")
 def registry() -> Registry:
-    extra: list[tuple[str, Any]] = [(module.__name__.rpartition(".")[2], module) for module in PLUGINS]
-    return load_plugins(block=(), entry_points=(), extra=[*extra, ("preserving", Preserving())])
+    return registry_of(*PLUGINS, preserving=("cross_layer_equalization", "bias_absorption"))
 
 
 @pytest.fixture(scope="module")
