@@ -7,7 +7,7 @@ Nothing here computes with qhw: a reference that shared code with what it checks
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -100,6 +100,29 @@ boundary = {{ inputs = "quantized", outputs = "{outputs}" }}
 def target(*arguments: str, **named: Any) -> TargetSpec:
     """`text` as a target."""
     return parse_target(text(*arguments, **named))
+
+
+class Function(nn.Module):
+    """A function of one input, which is called `input`, as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.function(input)
+
+
+class FunctionOf(nn.Module):
+    """A function of any inputs, and of constants behind them, as a module."""
+
+    def __init__(self, function: Callable[..., Tensor], *constants: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.constants = nn.ParameterList(nn.Parameter(c, requires_grad=False) for c in constants)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs, *self.constants)
 
 
 class _MinMax:

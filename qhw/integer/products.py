@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,23 @@ def lower_product(site: Site) -> Lowered:
         codes = values[0].to(dtype)
         return overflow(product(codes if is_folded else codes - zero_point, weight))
 
-    unit = _unit(site, shape)
+    found = _finished(site, accumulate, _unit(site, shape))
+    return found if site.output is None else replace(found, run=_sample_by_sample(site, found.run))
+
+
+def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor]) -> Lowered:
+    """Sums of products as codes of the result, or as reals where it leaves the accelerator in float."""
     if site.output is None:
         return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
-    rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
+
+    def ratio(product: torch.dtype, quotient: torch.dtype) -> Tensor:
+        return unit(product).to(quotient) / out.scale.to(quotient)
+
+    rescale = rescaler(site, ratio, int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
-
-    def codes(values: Sequence[Tensor]) -> Tensor:
-        return rescale.codes(accumulate(values), limits, kept)
-
-    return Lowered(_sample_by_sample(site, codes), accumulate, facts)
+    return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
 
 
 def _sample_by_sample(site: Site, run: Run) -> Run:
@@ -149,13 +154,7 @@ def lower_matmul(site: Site) -> Lowered:
     def unit(kind: torch.dtype) -> Tensor:
         return a.scale.to(kind) * b.scale.to(kind)
 
-    if site.output is None:
-        return _in_reals(site, accumulate, unit(torch.float32))
-    out = site.output
-    rescale = rescaler(site, _ratio(unit, out), int(out.zero_point))
-    limits, kept = code_bounds(site), carrier(out)
-    facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
-    return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
+    return _finished(site, accumulate, unit)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:
@@ -188,10 +187,6 @@ def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
         # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
         scale = scale.repeat(int(site.operator.attributes["out_channels"]) // len(scale)).reshape(shape)
     return lambda kind: x.scale.to(kind) * scale.to(kind)
-
-
-def _ratio(unit: Callable[[torch.dtype], Tensor], out: QParams) -> Callable[[torch.dtype, torch.dtype], Tensor]:
-    return lambda product, quotient: unit(product).to(quotient) / out.scale.to(quotient)
 
 
 def _check_bias(site: Site) -> None:

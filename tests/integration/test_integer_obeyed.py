@@ -14,6 +14,7 @@ from qhw.engine import QuantizedModel, SilentProgress
 from qhw.graph import Graph
 from qhw.integer import lower
 from qhw.schema import parse_target
+from tests.integer_support import FunctionOf
 
 TARGET = """
 schema_version = 1
@@ -50,17 +51,6 @@ MODELS: dict[str, tuple[Callable[..., Tensor] | nn.Module, int]] = {
 }
 
 
-class Function(nn.Module):
-    """A function of tensors as a module."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
-
-
 @pytest.fixture(scope="module")
 def graphs() -> dict[str, tuple[Graph, dict[str, Tensor]]]:
     """The models, captured once."""
@@ -68,7 +58,7 @@ def graphs() -> dict[str, tuple[Graph, dict[str, Tensor]]]:
     found = {}
     for name, (function, count) in MODELS.items():
         inputs = (IMAGE, 3 * IMAGE.flip(0))[:count]
-        graph = qhw.capture(Function(function).eval(), inputs)
+        graph = qhw.capture(FunctionOf(function).eval(), inputs)
         found[name] = graph, dict(zip(graph.inputs, inputs, strict=True))
     return found
 

@@ -26,6 +26,7 @@ from qhw.integer import IntegerModel
 from qhw.numerics import PerAxis, PerTensor, QParams
 from qhw.schema import TargetSpec, parse_target
 from tests import litert_support as litert
+from tests.integer_support import FunctionOf
 from tests.litert_support import Codes, Encoding, schema
 
 TARGET = "google/litert-int8"
@@ -92,17 +93,6 @@ class Case:
     expected: np.ndarray
     weight: Codes | None = None
     bias: Tensor | None = None
-
-
-class Function(nn.Module):
-    """A function of tensors as a module."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 class Behind(nn.Module):
@@ -215,7 +205,7 @@ def matrix_product(draws: Draws) -> Case:
         a, b = Codes(a.codes, first_scale, a.zero_point), Codes(b.codes, second_scale, b.zero_point)
         output = Encoding(scale, output.zero_point)
     y = litert.run_operator("BATCH_MATMUL", schema.BatchMatMulOptionsT(), [a, b], output)
-    return Case(Function(torch.matmul), [a, b], output, y)
+    return Case(FunctionOf(torch.matmul), [a, b], output, y)
 
 
 def elementwise(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Draws], Case]:
@@ -231,7 +221,7 @@ def elementwise(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Call
         options = getattr(schema, f"{name.capitalize()}OptionsT")()
         options.fusedActivationFunction = getattr(schema.ActivationFunctionType, activation)
         y = litert.run_operator(name, options, [last(a), last(b)], output)
-        return Case(Behind(Function(function), activation), [a, b], output, first(y))
+        return Case(Behind(FunctionOf(function), activation), [a, b], output, first(y))
 
     return draw
 
@@ -241,7 +231,7 @@ def extremum(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callabl
         a = draws.tensor(2, 3, 8, 8)
         b = Codes(draws.integers(-128, 127, 2, 3, 8, 8).numpy(), a.scale, a.zero_point)
         y = litert.run_operator(name, None, [a, b], a.encoding)
-        return Case(Function(function), [a, b], a.encoding, y)
+        return Case(FunctionOf(function), [a, b], a.encoding, y)
 
     return draw
 
@@ -255,7 +245,7 @@ def mean(draws: Draws, is_same: bool = False) -> Case:
         n = draws.one(1, 30)
         x, output = Codes(x.codes, 3 * n / 100, x.zero_point), Encoding(n / 100, output.zero_point)
     y = litert.mean(x, output, axes=axes, keep_dims=keep)
-    return Case(Function(lambda v: v.mean(axes, keepdim=keep)), [x], output, y)
+    return Case(FunctionOf(lambda v: v.mean(axes, keepdim=keep)), [x], output, y)
 
 
 def global_average(draws: Draws) -> Case:
@@ -287,7 +277,7 @@ def concatenation(draws: Draws) -> Case:
     a, axis = draws.tensor(2, 3, 4, 5), draws.one(0, 3)
     b = Codes(draws.integers(-128, 127, 2, 3, 4, 5).numpy(), a.scale, a.zero_point)
     y = litert.concatenation([a, b], a.encoding, axis=axis)
-    return Case(Function(lambda v, w: torch.cat([v, w], axis)), [a, b], a.encoding, y)
+    return Case(FunctionOf(lambda v, w: torch.cat([v, w], axis)), [a, b], a.encoding, y)
 
 
 def pad(draws: Draws) -> Case:
@@ -296,7 +286,7 @@ def pad(draws: Draws) -> Case:
     y = litert.run_operator("PAD", schema.PadOptionsT(), [x], x.encoding, [table])
     left, right = edges[1].tolist(), edges[0].tolist()
     # With a pool of single codes behind it: what only moves data is left where it is.
-    return Case(Function(lambda v: F.max_pool2d(F.pad(v, [*left, *right]), 1)), [x], x.encoding, y)
+    return Case(FunctionOf(lambda v: F.max_pool2d(F.pad(v, [*left, *right]), 1)), [x], x.encoding, y)
 
 
 EVERY_CODE = np.arange(-128, 128).reshape(2, 2, 8, 8)
@@ -314,7 +304,7 @@ def function(
         if draws.kind == "power_of_two" and fixed is None and draws.choose(True, False):
             output = Encoding(float(np.float32(6 / (draws.one(0, 20) + 0.5))), output.zero_point)  # 6 is a tie
         y = litert.run_operator(name, None, [x], output)
-        return Case(Function(called), [x], output, y)
+        return Case(FunctionOf(called), [x], output, y)
 
     return draw
 
@@ -328,7 +318,7 @@ def leaky_relu(draws: Draws) -> Case:
     options = schema.LeakyReluOptionsT()
     options.alpha = slope
     y = litert.run_operator("LEAKY_RELU", options, [x], output)
-    return Case(Function(lambda v: F.leaky_relu(v, slope)), [x], output, y)
+    return Case(FunctionOf(lambda v: F.leaky_relu(v, slope)), [x], output, y)
 
 
 ROUNDING = 'requantize.rescale = {{ rounding = "{}", source = "memory" }}'

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
 from qhw.schema import parse_target
 from tests import integer_support as reference
-from tests.integer_support import DOUBLE, RULES, SINGLE, Grid, Rule, fixed_point, quantized, result_of
+from tests.integer_support import DOUBLE, RULES, SINGLE, Function, Grid, Rule, fixed_point, quantized, result_of
 
 # On one grid no multiplier is met, only the rounding: of the centred sum, or of the codes' sum.
 NAMED = [
@@ -23,17 +23,6 @@ NAMED = [
     RULES[0],
 ]
 SHOWN = [RULES[i] for i in (0, 2, 5, 6, 9, 12, 15)]
-
-
-class Function(nn.Module):
-    """A function of one input."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.function(input)
 
 
 def run(function: Callable[[Tensor], Tensor], rule: Rule, x: Grid, out: Grid, x_q: Any, batch: int = 2) -> Any:

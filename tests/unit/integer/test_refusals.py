@@ -14,22 +14,11 @@ from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
 from qhw.schema import parse_target
 from tests import integer_support as reference
+from tests.integer_support import FunctionOf
 
 FLOAT, FIXED, SHIFT = reference.FLOAT32, reference.DOUBLE, reference.SHIFT
 POWER = f'{reference.S8}, scale = {{ kind = "power_of_two" }}'
 POWER_W = f'{reference.W8}, scale = {{ kind = "power_of_two" }}'
-
-
-class Of(nn.Module):
-    """A function of its inputs as a model."""
-
-    def __init__(self, function: Callable[..., Tensor], *constants: Tensor) -> None:
-        super().__init__()
-        self.function = function
-        self.constants = nn.ParameterList(nn.Parameter(c, requires_grad=False) for c in constants)
-
-    def forward(self, *x: Tensor) -> Tensor:
-        return self.function(*x, *self.constants)
 
 
 def result_of(model: nn.Module, text: str, *example: Tensor) -> Any:
@@ -55,7 +44,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         "requantize.r.stages cannot be executed yet",
     ),
     "count in a float multiplier": (
-        lambda: Of(lambda x: x.mean(1)), (X,), reference.text(), row("ReduceMean", 'mean_count = "multiplier"'),
+        lambda: FunctionOf(lambda x: x.mean(1)), (X,), reference.text(), row("ReduceMean", 'mean_count = "multiplier"'),
         'operators.ReduceMean.mean_count = "multiplier" needs requantize kind fixed_point',
     ),
     "windows of several counts": (
@@ -68,11 +57,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         'operators.Gemm.rounding_order = "zero_point_before" needs requantize kind float32',
     ),
     "zero point first in a fixed-point sum": (
-        lambda: Of(lambda x: x + x), (X,), reference.text(FIXED, order="zero_point_before"), str,
+        lambda: FunctionOf(lambda x: x + x), (X,), reference.text(FIXED, order="zero_point_before"), str,
         'operators.Add.rounding_order = "zero_point_before" needs requantize kind float32',
     ),
     "an open order of a fixed-point sum": (
-        lambda: Of(lambda x: x + x), (X,), reference.text(FIXED, order="unknown"), str,
+        lambda: FunctionOf(lambda x: x + x), (X,), reference.text(FIXED, order="unknown"), str,
         "operators.Add.rounding_order is 'unknown'",
     ),
     "zero point first away from zero": (
@@ -91,17 +80,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         "requantize.r.shift goes from 30 to 31, and this operator needs",
     ),
     "a sum by shifts": (
-        lambda: Of(lambda x: x + x), (X,), reference.text(SHIFT, activation=POWER), str,
+        lambda: FunctionOf(lambda x: x + x), (X,), reference.text(SHIFT, activation=POWER), str,
         'requantize.r.kind = "shift" cannot be executed for Add yet',
     ),
     "each operand repeated along the other": (
-        lambda: Of(lambda x, y: x + y), (IMAGE[:, :1], IMAGE[:, :, :1]),
+        lambda: FunctionOf(lambda x, y: x + y), (IMAGE[:, :1], IMAGE[:, :, :1]),
         reference.text(order="zero_point_before"), str,
         "Add of operands that are each broadcast along the other cannot be executed exactly: the order of its float32 "
         "sum is not known",
     ),
     "a result in another grid's extremum": (
-        lambda: Of(torch.maximum), (X, 3 * X), reference.text(), lambda t: t + 'operators.Max = { kernels = ["two"] }',
+        lambda: FunctionOf(torch.maximum), (X, 3 * X), reference.text(),
+        lambda t: t + 'operators.Max = { kernels = ["two"] }',
         "Max needs two activations and its result on one grid to be exact",
     ),
     "no form": (
@@ -114,7 +104,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         "LeakyRelu with slope -0.5 cannot be executed exactly yet",
     ),
     "a constant summand": (
-        lambda: Of(lambda x, c: x + c, torch.ones(4)), (X,), reference.text(),
+        lambda: FunctionOf(lambda x, c: x + c, torch.ones(4)), (X,), reference.text(),
         lambda t: t.replace('kernels.two = { input = ["a"],', 'kernels.two = { input = ["a"], weight = ["a"],'),
         "Add with a constant cannot be executed exactly yet",
     ),
@@ -148,7 +138,7 @@ def test_a_ratio_that_float32_cannot_hold_says_so() -> None:
 
 
 def test_a_model_that_the_host_runs_has_no_vectors(tmp_path: Any) -> None:
-    result = result_of(Of(lambda x: torch.cumsum(x, 1)), reference.text(), X)
+    result = result_of(FunctionOf(lambda x: torch.cumsum(x, 1)), reference.text(), X)
     with pytest.raises(IntegerError, match="no operator runs on the accelerator, so there are no vectors"):
         qhw.golden(result, tmp_path / "vectors", data=[X])
 

@@ -7,25 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
 from qhw.schema import parse_target
 from tests import integer_support as reference
-from tests.integer_support import S16, U8, Grid, quantized, result_of
-
-
-class Function(nn.Module):
-    """A function of one input."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.function(input)
+from tests.integer_support import S16, U8, Function, Grid, quantized, result_of
 
 
 def sigmoid(x: Any) -> Any:
