@@ -7,6 +7,8 @@ from qhw.numerics.fake_quantizer import FakeQuantizer
 from qhw.numerics.fma import fma_float32
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
+from qhw.numerics.learned import learned_fake_quantize
+from qhw.numerics.learned_quantizer import LearnedQuantizer, ScaleDomain
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.qparams import QParams
@@ -23,6 +25,7 @@ __all__ = [
     "Granularity",
     "Grid",
     "Histogram",
+    "LearnedQuantizer",
     "MinMax",
     "MinMaxSeries",
     "PerAxis",
@@ -30,6 +33,7 @@ __all__ = [
     "PerTensor",
     "QParams",
     "Rounding",
+    "ScaleDomain",
     "accumulator_bits_needed",
     "accumulator_bounds",
     "affine_qparams",
@@ -40,6 +44,7 @@ __all__ = [
     "fake_quantize",
     "fixed_point_multiplier",
     "fma_float32",
+    "learned_fake_quantize",
     "legal_scale",
     "mse_qparams_from_histogram",
     "mse_qparams_from_tensor",

@@ -36,6 +36,9 @@ class FakeQuantizer(nn.Module):
         self.rounding = rounding
         self.name = name
         self.enabled = True
+        self._hold(qparams)
+
+    def _hold(self, qparams: QParams) -> None:
         # Clones: the caller's qparams are read-only data, a buffer may be loaded into.
         self.register_buffer("scale", qparams.scale.clone())
         self.register_buffer("zero_point", qparams.zero_point.clone())
@@ -65,17 +68,20 @@ class FakeQuantizer(nn.Module):
         """
         if not self.enabled:
             return x
+        dtype = zero_point_dtype(self.quant_min, self.quant_max)
+        scale, zero_point = self._broadcast(x, self.scale, self.zero_point.to(dtype))
+        return fake_quantize_broadcast(x, scale, zero_point, self.quant_min, self.quant_max, self.rounding)
+
+    def _broadcast(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point in shapes that broadcast against x."""
         shape = tuple(x.shape)
         wanted = parameter_shape(self.granularity, shape, self.name)
-        if tuple(self.scale.shape) != wanted:
+        if tuple(scale.shape) != wanted:
             raise RangeError(
-                f"{self.name}: scale must have shape {wanted} for {self.granularity}; got {tuple(self.scale.shape)}. "
+                f"{self.name}: scale must have shape {wanted} for {self.granularity}; got {tuple(scale.shape)}. "
                 "Compute it for this tensor, or use PerTensor."
             )
-        scale = expand(self.scale, self.granularity, shape)
-        dtype = zero_point_dtype(self.quant_min, self.quant_max)
-        zero_point = expand(self.zero_point.to(dtype), self.granularity, shape)
-        return fake_quantize_broadcast(x, scale, zero_point, self.quant_min, self.quant_max, self.rounding)
+        return expand(scale, self.granularity, shape), expand(zero_point, self.granularity, shape)
 
     def extra_repr(self) -> str:
         codes = f"[{self.quant_min}, {self.quant_max}], {self.granularity}, {self.rounding}"

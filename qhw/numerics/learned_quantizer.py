@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LearnedQuantizer: a fake quantizer whose scale, and zero point where the format leaves it free, are parameters."""
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from qhw.errors import RangeError
+from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.grid import Grid, legal_scale
+from qhw.numerics.learned import learned_fake_quantize
+from qhw.numerics.qparams import QParams
+from qhw.numerics.rounding import Rounding
+
+__all__ = ["LearnedQuantizer", "ScaleDomain"]
+
+ScaleDomain = Literal["linear", "log2"]
+
+# A scale that has shrunk a thousandfold from its start quantizes nothing any more.
+_SMALLEST_PART = 2.0**-10
+
+
+class LearnedQuantizer(FakeQuantizer):
+    """Moves a tensor onto a grid whose scale and zero point learn by gradient.
+
+    The scale in use is always one that the format can hold: the parameter's value, moved to the nearest legal one,
+    with the gradient passed straight through. It never falls below 1/1024 of its start, nor does it turn negative.
+
+    Args:
+        qparams: Where training starts.
+        grid: What the format allows: kind and bounds of the scale, zero points.
+        domain: What the parameter is: the scale itself, or its base-2 logarithm, in which one step of an optimizer
+            changes every scale by the same ratio. Power-of-two scales are learned through the logarithm always.
+        learn_zero_point: Whether a free zero point learns.
+        gradient_scale: What the gradients of scale and zero point are multiplied by (LSQ: 1 / sqrt(N quant_max)).
+        rounding: Named rule for the quotient.
+        name: The tensor's name, for messages.
+
+    Attributes:
+        scale_parameter: float32 [*P]; the scale or its logarithm.
+        zero_point: float32 [*P], a parameter where it learns; rounded to the nearest code where it is used.
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 4.1, eqs. 38 to 40; Esser et al., 2020, arXiv:1902.08153 (gradient
+        scale); Jain et al., 2020, arXiv:1903.08066 (logarithm; rounded to the nearest exponent here, not upwards).
+    """
+
+    scale_parameter: nn.Parameter
+    smallest_scale: Tensor
+
+    def __init__(
+        self,
+        qparams: QParams,
+        grid: Grid,
+        *,
+        domain: ScaleDomain = "linear",
+        learn_zero_point: bool = True,
+        gradient_scale: float = 1.0,
+        rounding: Rounding = "half_even",
+        name: str = "tensor",
+    ) -> None:
+        self.grid = grid
+        self.domain: ScaleDomain = "log2" if grid.scale_kind == "power_of_two" else domain
+        self.learns_scale = grid.scale_kind != "fixed"
+        self.learns_zero_point = learn_zero_point and not grid.zero_points
+        self.gradient_scale = gradient_scale
+        super().__init__(qparams, rounding, name)
+
+    def _hold(self, qparams: QParams) -> None:
+        scale = qparams.scale.clone()
+        self.register_buffer("smallest_scale", scale * _SMALLEST_PART)
+        parameter = torch.log2(scale) if self.domain == "log2" else scale
+        self.scale_parameter = nn.Parameter(parameter, requires_grad=self.learns_scale)
+        zero_point = qparams.zero_point.float()
+        if self.learns_zero_point:
+            self.zero_point = nn.Parameter(zero_point)
+        else:
+            self.register_buffer("zero_point", zero_point)
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """The legal scale in use: float32 [*P], with the gradient of the parameter."""
+        return cast(Tensor, _LegalScale.apply(self.scale_parameter, self.smallest_scale, self.grid, self.domain))  # type: ignore[no-untyped-call]
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid now in use: a legal scale, a whole zero point.
+
+        Raises:
+            RangeError: the parameter is not finite.
+        """
+        if not bool(torch.isfinite(self.scale_parameter).all() & torch.isfinite(self.zero_point).all()):
+            raise RangeError(
+                f"{self.name}: its learned scale or zero point is NaN or infinite. Lower the learning rate."
+            )
+        zero_point = self.zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
+        return QParams(self.scale.detach().clone(), zero_point, self.quant_min, self.quant_max, self.granularity)
+
+    @property
+    def is_at_smallest(self) -> bool:
+        """Whether some scale is held at the bound below which it may not fall."""
+        scale = torch.exp2(self.scale_parameter) if self.domain == "log2" else self.scale_parameter
+        return bool((scale <= self.smallest_scale).any())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized x, with gradients for x, scale and zero point.
+
+        Args:
+            x: float [*shape], fits the granularity.
+
+        Returns:
+            Tensor: x's dtype [*shape]; x itself when not enabled.
+
+        Raises:
+            RangeError: the scale does not fit the shape of x.
+        """
+        if not self.enabled:
+            return x
+        scale, zero_point = self._broadcast(x, self.scale, self.zero_point)
+        return learned_fake_quantize(
+            x, scale, zero_point, self.quant_min, self.quant_max, self.rounding, self.gradient_scale
+        )
+
+    def extra_repr(self) -> str:
+        learned = [
+            what for what, is_on in (("scale", self.learns_scale), ("zero point", self.learns_zero_point)) if is_on
+        ]
+        return f"{super().extra_repr()}, learns {' and '.join(learned) or 'nothing'}"
+
+
+class _LegalScale(torch.autograd.Function):
+    """A parameter as the nearest legal scale; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, smallest: Tensor, grid: Grid, domain: ScaleDomain) -> Tensor:
+        wanted = torch.exp2(parameter) if domain == "log2" else parameter
+        scale = legal_scale(torch.maximum(wanted, smallest).double(), grid, "nearest")
+        ctx.is_log = domain == "log2"
+        ctx.save_for_backward(scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale * math.log(2) if ctx.is_log else grads[0], None, None, None
