@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qhw.cli.console import paragraph, print_json, print_table
-from qhw.cli.options import AsJson
-from qhw.cli.verify import ResultArgument
+from qhw.cli.options import AsJson, ResultArgument
+from qhw.wording import counted
 
 if TYPE_CHECKING:
+    from qhw.engine import QuantizedModel
     from qhw.integer import Proof
 
 WitnessOption = Annotated[
@@ -28,21 +29,53 @@ def accumulators(result: ResultArgument, witness: WitnessOption = None, as_json:
     Example: qhw accumulators out/p4
     """
     import qhw
+    from qhw.engine import default_progress
     from qhw.integer import prove_accumulators
 
     loaded = qhw.load(result)
-    proofs = list(prove_accumulators(loaded))
+    weighted = {name for p in loaded.plan.points if p.role == "weight" for name in (p.operator, *p.consumers)}
+    proofs = list(default_progress().track(prove_accumulators(loaded), "accumulators", len(weighted)))
     if witness is not None:
         _write(witness, proofs)
+    biases = _open_biases(loaded)
     if as_json:
-        print_json([_facts(proof) for proof in proofs])
+        print_json(_facts(loaded.target.name, proofs, biases))
     else:
-        _show(loaded.target.name, proofs)
+        _show(loaded.target.name, proofs, biases)
     if any(proof.overflowing_channels for proof in proofs):
         raise typer.Exit(1)
 
 
-def _facts(proof: "Proof") -> dict[str, Any]:
+def _open_biases(result: "QuantizedModel") -> dict[str, str]:
+    """Operator -> the field that would say how its bias is added: such a bias is in no sum that is bounded here."""
+    target, known = result.target, {op.name: op for op in result.float_graph.operators}
+    quantized = {name for p in result.plan.points if p.role == "bias" for name in (p.operator, *p.consumers)}
+    found = {}
+    for placement in result.plan.operators:
+        operator = known.get(placement.name)
+        if operator is None or operator.bias is None or placement.kernel is None or placement.name in quantized:
+            continue
+        rule = target.kernels[placement.kernel].bias
+        if rule in (None, "unknown"):
+            found[placement.name] = f"kernels.{placement.kernel}.bias"
+        elif rule != "none" and target.biases[rule].bits in (None, "unknown"):
+            found[placement.name] = f"biases.{rule}.bits"
+    return found
+
+
+def _facts(target: str, proofs: "list[Proof]", biases: dict[str, str]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "target": target,
+        "units": {
+            "lowest, highest, value, peak": "accumulator codes; one is input scale * weight scale of its channel",
+            "bits, bits_needed": "bits, the sign included",
+        },
+        "layers": [_layer(proof, biases.get(proof.operator)) for proof in proofs],
+    }
+
+
+def _layer(proof: "Proof", open_bias: str | None) -> dict[str, Any]:
     found = proof.witness
     return {
         "operator": proof.operator,
@@ -53,37 +86,49 @@ def _facts(proof: "Proof") -> dict[str, Any]:
         "bits": proof.bits,
         "overflow": proof.overflow,
         "overflowing_channels": proof.overflowing_channels,
+        "bias_left_out": open_bias,
         "witness": None if found is None else {"channel": found.channel, "value": found.value, "peak": found.peak},
     }
 
 
-def _show(target: str, proofs: "list[Proof]") -> None:
+def _show(target: str, proofs: "list[Proof]", biases: dict[str, str]) -> None:
     rows = []
     for proof in proofs:
         lowest, highest = int(proof.bounds.lowest.min()), int(proof.bounds.highest.max())
         bits = "not known" if proof.bits is None else str(proof.bits)
-        rows.append((proof.operator, f"{lowest:,}", f"{highest:,}", str(proof.bits_needed), bits, _verdict(proof)))
+        verdict = _verdict(proof) + (", its bias left out" if proof.operator in biases else "")
+        rows.append((proof.operator, f"{lowest:,}", f"{highest:,}", str(proof.bits_needed), bits, verdict))
     print_table(("operator", "lowest", "highest", "bits needed", "bits", "verdict"), rows)
     print()
     paragraph("Target", target)
     known = [proof for proof in proofs if proof.bits is not None]
     over = [proof for proof in known if proof.overflowing_channels]
     if len(known) < len(proofs):
-        paragraph("Not known", f"the accumulator's width of {len(proofs) - len(known)} of {len(proofs)} operators")
+        paragraph("Not known", f"the accumulator's width of {counted(len(proofs) - len(known), 'operator')}")
+    if biases:
+        fields = ", ".join(dict.fromkeys(biases.values()))
+        paragraph("Left out", f"the bias of {counted(len(biases), 'operator')}: the target does not state {fields}")
     if over:
         paragraph("Can overflow", ", ".join(proof.operator for proof in over))
         print("Next: narrower weights (qhw plan --format), fewer input codes, or a kernel with a wider accumulator.")
     elif known:
-        room = min(proof.headroom or 0 for proof in known)
-        paragraph("Proven", f"{len(known)} operators cannot overflow; {room} bits are left in the tightest")
+        paragraph("Proven", proven_words(known, bool(biases)))
+
+
+def proven_words(known: "list[Proof]", without_bias: bool) -> str:
+    """What is proven of accumulators that are wide enough."""
+    room = min(proof.headroom or 0 for proof in known)
+    sums = "; the sums of products alone, without the biases that are left out" if without_bias else ""
+    left = f"{counted(room, 'bit')} {'is' if room == 1 else 'are'} left in the tightest"
+    return f"{counted(len(known), 'operator')} cannot overflow; {left}{sums}"
 
 
 def _verdict(proof: "Proof") -> str:
     if proof.bits is None:
         return "width not known"
     if not proof.overflowing_channels:
-        return f"cannot overflow, {proof.headroom} bits left"
-    text = f"can overflow in {proof.overflowing_channels} channels"
+        return f"cannot overflow, {counted(proof.headroom or 0, 'bit')} left"
+    text = f"can overflow in {counted(proof.overflowing_channels, 'channel')}"
     return text if proof.witness is None else f"{text}: {proof.witness.peak:,} in channel {proof.witness.channel}"
 
 

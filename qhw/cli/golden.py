@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qhw.cli.console import paragraph, print_json
-from qhw.cli.options import AsJson
-from qhw.cli.verify import DataOption, ResultArgument
+from qhw.cli.options import AsJson, DataOption, ResultArgument
+from qhw.wording import counted
 
 if TYPE_CHECKING:
     from qhw.vectors import GoldenVectors
 
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the vectors; earlier vectors are replaced.")]
-SamplesOption = Annotated[int, typer.Option("--samples", "-n", help="How many samples, from the first on.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the vectors; earlier vectors are replaced.")
+]
+SamplesOption = Annotated[
+    int, typer.Option("--samples", "-n", metavar="NUMBER", help="How many samples, from the first on.")
+]
 LimitOption = Annotated[
     int,
     typer.Option(
@@ -57,7 +61,9 @@ def _show(target: str, found: "GoldenVectors") -> None:
     paragraph("Samples", str(found.samples))
     paragraph("Layers", str(len(found.operators)))
     if found.host:
-        paragraph("Host", f"{len(found.host)} operators in float32, without vectors: {', '.join(found.host[:5])}")
+        paragraph(
+            "Host", f"{counted(len(found.host), 'operator')} in float32, without vectors: {', '.join(found.host[:5])}"
+        )
     paragraph("Files", ", ".join(f"{name} {bytes_words(size)}" for name, size in found.num_bytes.items()))
     if left := found.header_left_out:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""

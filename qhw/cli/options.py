@@ -2,6 +2,7 @@
 """Arguments and options that several commands share."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,12 +12,15 @@ from qhw.errors import PlanError
 __all__ = [
     "AsJson",
     "CalibrationOption",
+    "DataOption",
     "Formats",
     "KeepFloat",
     "ModelArgument",
     "Pipeline",
     "Prefer",
+    "ResultArgument",
     "Settings",
+    "TargetArgument",
     "TargetOption",
     "Without",
     "wishes",
@@ -29,8 +33,27 @@ ModelArgument = Annotated[
         help="module:callable that returns (nn.Module, example inputs), or a result folder.",
     ),
 ]
+ResultArgument = Annotated[
+    Path, typer.Argument(metavar="RESULT", help="Result folder that 'qhw quantize' wrote.", show_default=False)
+]
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A target's name (qhw target list), or a path to a .toml file.")
+]
 TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help="A target's name (qhw target list), or a path to a .toml file.")
+    str,
+    typer.Option(
+        "--target", "-t", metavar="TARGET", help="A target's name (qhw target list), or a path to a .toml file."
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="DATA",
+        help="Samples: an .npz file with one array per input, an .npy file for a single input, or module:callable that "
+        "yields batches. Absent: those the result keeps.",
+    ),
 ]
 CalibrationOption = Annotated[
     str | None,
@@ -38,16 +61,23 @@ CalibrationOption = Annotated[
         "--calibration",
         "-c",
         metavar="DATA",
-        help="Samples: an .npz file with one array per input (.npy for a single one), or module:callable that yields "
-        "batches.",
+        help="Samples: an .npz file with one array per input, an .npy file for a single input, or module:callable that "
+        "yields batches.",
     ),
 ]
-Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Another pipeline than the default one.")]
-Prefer = Annotated[list[str] | None, typer.Option("--prefer", help="Algorithm to put first at its stage. Repeatable.")]
-Without = Annotated[list[str] | None, typer.Option("--without", help="Algorithm to leave out. Repeatable.")]
+Pipeline = Annotated[
+    str | None, typer.Option("--pipeline", metavar="NAME", help="Another pipeline than the default one.")
+]
+Prefer = Annotated[
+    list[str] | None,
+    typer.Option("--prefer", metavar="ALGORITHM", help="Algorithm to put first at its stage. Repeatable."),
+]
+Without = Annotated[
+    list[str] | None, typer.Option("--without", metavar="ALGORITHM", help="Algorithm to leave out. Repeatable.")
+]
 KeepFloat = Annotated[
     list[str] | None,
-    typer.Option("--keep-float", metavar="NAME", help="Operator or pattern that stays in float. Repeatable."),
+    typer.Option("--keep-float", metavar="OPERATOR", help="Operator or pattern that stays in float. Repeatable."),
 ]
 Formats = Annotated[
     list[str] | None,
@@ -57,7 +87,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="ALGORITHM.OPTION=VALUE", help="Option of an algorithm. Repeatable."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help='Print the same facts as JSON on standard output; an error as {"error": ...}.')
+]
 
 
 def wishes(

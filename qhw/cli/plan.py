@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from qhw.decisions import QuantPlan
     from qhw.graph import Graph
 
-OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan as JSON, to edit and replay.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="FILE", help="Also write the plan as JSON, to edit and replay.")
+]
 
 
 def plan(

@@ -52,7 +52,9 @@ def list_plugins(as_json: AsJson = False) -> None:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="An algorithm or exporter, as 'qhw plugin list' names it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="An algorithm or exporter, as 'qhw plugin list' names it.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show an algorithm or exporter: what it does, and the options that --set takes.

@@ -21,35 +21,45 @@ from qhw.cli.options import (
     Without,
     wishes,
 )
+from qhw.wording import counted
 
 if TYPE_CHECKING:
     from qhw.decisions import QuantPlan
     from qhw.engine import QuantizedModel, Score, WorkFolder
     from qhw.graph import Graph
 
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result; an earlier result is replaced.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result; an earlier result is replaced.")
+]
 EvaluateOption = Annotated[
     str | None,
-    typer.Option("--evaluate", "-e", metavar="DATA", help="Labelled samples: .npz with 'labels', or callable."),
+    typer.Option(
+        "--evaluate",
+        "-e",
+        metavar="DATA",
+        help="Labelled samples: an .npz file that also has 'labels', or module:callable that yields (inputs, labels).",
+    ),
 ]
 MetricOption = Annotated[
-    str | None, typer.Option("--metric", help="module:callable of (outputs, labels) -> number. Absent: top-1.")
+    str | None,
+    typer.Option("--metric", metavar="CALLABLE", help="module:callable of (outputs, labels) -> number. Absent: top-1."),
 ]
 TargetOption = Annotated[
     str | None,
     typer.Option(
         "--target",
         "-t",
+        metavar="TARGET",
         help="A target's name (qhw target list), or a path to a .toml file. Absent: the target that --plan names.",
     ),
 ]
 PlanOption = Annotated[
-    Path | None, typer.Option("--plan", help="Replay this plan (qhw plan --out) instead of a new one.")
+    Path | None, typer.Option("--plan", metavar="FILE", help="Replay this plan (qhw plan --out) instead of a new one.")
 ]
 SamplesOption = Annotated[
     bool, typer.Option("--samples/--no-samples", help="Keep 8 calibration samples in the result, for 'qhw verify'.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="For algorithms that draw random numbers.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="NUMBER", help="For algorithms that draw random numbers.")]
 
 
 def quantize(
@@ -134,13 +144,13 @@ def _keeping(out: Path) -> "Iterator[WorkFolder]":
     folder = WorkFolder(out.parent / f"{out.name}.work")
 
     def words() -> str:
-        return f"{folder.kept} finished layer{'s are' if folder.kept > 1 else ' is'} kept in {folder.path}"
+        return f"{counted(folder.kept, 'finished layer')} {'is' if folder.kept == 1 else 'are'} kept in {folder.path}"
 
     try:
         with folder:
             yield folder
             if folder.read:
-                warn(f"{folder.read} finished layer{'s' if folder.read > 1 else ''} read back from {folder.path}")
+                warn(f"{counted(folder.read, 'finished layer')} read back from {folder.path}")
     except KeyboardInterrupt:
         if folder.kept:
             raise Interrupted(f"{words()}. Run the same command again to go on.") from None
@@ -166,12 +176,11 @@ def _read_plan(path: Path, asked: dict[str, Any]) -> "QuantPlan":
 
 def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[Score]", as_json: bool) -> None:
     from qhw.cli.console import paragraph, print_json, print_table
-    from qhw.cli.words import bytes_words, count_words
+    from qhw.cli.words import bytes_words, share_words
     from qhw.engine import float_bytes, quantized_bytes
 
     made = result.plan
     before, after = float_bytes(graph), quantized_bytes(result)
-    share = 100 * made.accelerator_macs / made.total_macs if made.total_macs else 0.0
     if as_json:
         facts = {
             "target": made.target,
@@ -199,8 +208,7 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
             print(f"In exact integers it cannot be scored: 'qhw verify {out}' says what the target leaves open.")
     print()
     hosted = sum(operator.where == "host" for operator in made.operators)
-    host = f"; {hosted} operators on the host" if hosted else ""  # not all of them have MACs that are counted
-    counted = f"{share:.1f} % of {count_words(made.total_macs)} MACs on chip{host}"
-    print(f"{bytes_words(before)} -> {bytes_words(after)}; {counted}")
+    host = f"; {counted(hosted, 'operator')} on the host" if hosted else ""  # most of them multiply nothing
+    print(f"{bytes_words(before)} -> {bytes_words(after)}; on the accelerator {share_words(made)}{host}")
     print(f"Result in {out}")
     print(f"Next: the artefact is in {out / 'artefacts'}; every decision and its reason in {out / 'plan.json'}")

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from qhw.cli.console import heading, paragraph
-from qhw.cli.words import accumulator_words, count_words, format_words
+from qhw.cli.words import accumulator_words, format_words, share_words
 from qhw.decisions import QuantPlan, Reason
 from qhw.graph import QuantPoint
 from qhw.schema import TargetSpec
+from qhw.wording import counted
 
 __all__ = ["show_plan"]
 
@@ -26,7 +27,7 @@ def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | No
         samples: Number of calibration samples, where known.
     """
     data = "calibration data" if plan.resources.calibration else "no data"
-    data += "" if samples is None else f" ({samples} sample{'s' if samples != 1 else ''})"
+    data += "" if samples is None else f" ({counted(samples, 'sample')})"
     labels = ", with labels" if plan.resources.labels else ""
     heading(f"{plan.target} · {model} · pipeline {plan.pipeline} · {data}{labels}")
     print()
@@ -34,7 +35,7 @@ def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | No
     print()
     heading(f"{'Stage':<18}{'Algorithm':<{_ALGORITHM + 2}}Why")
     for step in plan.steps:
-        why = f"{_grouped(step.verdict.reasons)}; {_sites(len(step.sites))}"
+        why = f"{_grouped(step.verdict.reasons)}; {counted(len(step.sites), 'site')}"
         if len(step.algorithm) > _ALGORITHM:
             print(f"{step.stage:<18}{step.algorithm}")
         paragraph("" if len(step.algorithm) > _ALGORITHM else f"{step.stage:<18}{step.algorithm}", why, left=_WHY)
@@ -65,14 +66,8 @@ def _grouped(reasons: Iterable[Reason]) -> str:
     )
 
 
-def _sites(number: int) -> str:
-    return f"{number} site{'s' if number != 1 else ''}"
-
-
 def _show_placement(plan: QuantPlan, target: TargetSpec) -> None:
-    total, on_chip = plan.total_macs, plan.accelerator_macs
-    share = f"{100 * on_chip / total:.1f} % of {count_words(total)} MACs" if total else "no multiply-accumulates"
-    paragraph("On the accelerator", share)
+    paragraph("On the accelerator", share_words(plan))
     hosted = [op for op in plan.operators if op.where == "host"]
     for text, number in Counter(f"{op.kind}: {op.reason} ({op.subject})" for op in hosted).items():
         names = [op.name for op in hosted if f"{op.kind}: {op.reason} ({op.subject})" == text]
@@ -83,15 +78,16 @@ def _show_placement(plan: QuantPlan, target: TargetSpec) -> None:
     biases = [point for point in plan.points if point.role == "bias"]
     for label, points in (("Weights", weights), ("Activations", activations)):
         for name, number in _counted(points):
-            paragraph(label, f"{format_words(target.formats[name])}   formats.{name}, {number} points")
+            paragraph(label, f"{format_words(target.formats[name])}   formats.{name}, {counted(number, 'point')}")
             label = ""
     for name, number in _counted(biases):
         rule = target.biases[name]
         width = "float" if rule.bits == "float" else f"{rule.bits} bits"
-        paragraph("Biases", f"{width}, scale {rule.scale or 'not stated'}   biases.{name}, {number} points")
+        paragraph("Biases", f"{width}, scale {rule.scale or 'not stated'}   biases.{name}, {counted(number, 'point')}")
     edges = [point for point in plan.points if point.role == "edge"]
     if edges:
-        paragraph("Requantized", f"{len(edges)} operands take another format than their tensor has")
+        takes = "operand takes" if len(edges) == 1 else "operands take"
+        paragraph("Requantized", f"{len(edges)} {takes} another format than their tensor has")
     kernels = dict.fromkeys(op.kernel for op in plan.operators if op.kernel is not None and op.macs)
     for accumulator in dict.fromkeys(target.kernels[str(kernel)].accumulator for kernel in kernels):
         where = "" if accumulator in (None, "unknown") else f"   accumulators.{accumulator}"

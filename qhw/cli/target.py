@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qhw.cli.console import heading, paragraph, print_json, print_table
-from qhw.cli.options import AsJson
+from qhw.cli.options import AsJson, TargetArgument
 
 if TYPE_CHECKING:
     from qhw.extension import Registry
@@ -73,7 +73,7 @@ def _used_formats(spec: "TargetSpec") -> dict[str, list[str]]:
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(metavar="TARGET", help="A target's name, or a path to a .toml file.")],
+    name: TargetArgument,
     as_json: AsJson = False,
 ) -> None:
     """Show a target as resolved through `extends`, each value with its source."""

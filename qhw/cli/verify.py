@@ -3,21 +3,16 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from qhw.cli.console import paragraph, print_json, print_table
-from qhw.cli.options import AsJson
+from qhw.cli.options import AsJson, DataOption, ResultArgument
+from qhw.wording import counted
 
 if TYPE_CHECKING:
     from qhw.verification import Verification
-
-ResultArgument = Annotated[Path, typer.Argument(help="Result folder that 'qhw quantize' wrote.", show_default=False)]
-DataOption = Annotated[
-    str | None,
-    typer.Option("--data", metavar="DATA", help="Samples: .npz, or module:callable. Absent: those the result keeps."),
-]
 
 
 def verify(result: ResultArgument, data: DataOption = None, as_json: AsJson = False) -> None:
@@ -62,9 +57,13 @@ def _show(target: str, folder: Path, found: "Verification") -> None:
     paragraph("Samples", str(found.samples))
     if found.overflowing:
         names = ", ".join(found.overflowing[:5])
-        paragraph("Sums", f"{len(found.overflowing)} operators can overflow: {names} (qhw accumulators {folder})")
+        paragraph(
+            "Sums", f"{counted(len(found.overflowing), 'operator')} can overflow: {names} (qhw accumulators {folder})"
+        )
     if found.host:
-        paragraph("Host", f"{len(found.host)} operators in float32, not compared: {', '.join(found.host[:5])}")
+        paragraph(
+            "Host", f"{counted(len(found.host), 'operator')} in float32, not compared: {', '.join(found.host[:5])}"
+        )
     total = sum(one.codes for one in found.artefact)
     if found.not_run is not None:
         paragraph("Artefact", f"not run: {found.not_run}")

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats, accumulators and sizes in a few words."""
 
+from qhw.decisions import QuantPlan
 from qhw.schema import Format, TargetSpec
 from qhw.schema import Scale as ScaleSpec
+from qhw.wording import counted
 
-__all__ = ["accumulator_words", "bytes_words", "count_words", "format_words"]
+__all__ = ["accumulator_words", "bytes_words", "count_words", "format_words", "share_words"]
 
 
 def format_words(spec: Format) -> str:
@@ -44,3 +46,11 @@ def count_words(number: int) -> str:
 def bytes_words(number: int) -> str:
     """As `212 KB` (1 KB = 1,000 bytes)."""
     return f"{number / 1e6:.2f} MB" if number >= 1e6 else f"{number / 1e3:.1f} KB"
+
+
+def share_words(plan: QuantPlan) -> str:
+    """As `98.2 % of 1.21 M MACs`; says of how many operators nobody knows the multiply-accumulates."""
+    total = plan.total_macs
+    share = f"{100 * plan.accelerator_macs / total:.1f} % of {count_words(total)} MACs" if total else "no MACs"
+    unknown = sum(op.kind == "Unknown" and not op.macs for op in plan.operators)
+    return share + (f", those of {counted(unknown, 'unknown operator')} not counted" if unknown else "")

@@ -8,6 +8,7 @@ from qhw.decisions.resources import Resources
 from qhw.decisions.stages import STAGES, Stage
 from qhw.decisions.step import Refusal, Step, StepReport
 from qhw.decisions.verdict import Reason, Site, Survey, Verdict
+from qhw.wording import counted
 
 __all__ = [
     "STAGES",
@@ -27,4 +28,5 @@ __all__ = [
     "StepReport",
     "Survey",
     "Verdict",
+    "counted",
 ]

@@ -23,6 +23,9 @@ _FIELDS: Mapping[str, Mapping[str, tuple[int, Any]]] = {
     "Pad": {"padding": (1, []), "mode": (2, "constant"), "value": (3, 0.0)},
     "Pow": {"exponent": (1, 2.0)},
 }
+_RECURRENT = frozenset(
+    f"aten.{name}{form}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in (".input", "_cell.default")
+)
 
 
 def target_name(node: fx.Node) -> str:
@@ -193,4 +196,8 @@ def macs_of(node: fx.Node, kind: str, shape: Sequence[int], attributes: Mapping[
     if kind == "Attention":  # query x key, then scores x value
         query, key, value = (shape_of(a) for a in node.args[:3])
         return int(math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1])
+    if target_name(node) in _RECURRENT:  # every step of every sample meets every matrix, of each layer and direction
+        weights = node.args[2] if isinstance(node.args[2], list | tuple) else node.args[2:4]
+        matrices = (dims for dims in map(shape_of, weights) if len(dims) == 2)
+        return int(math.prod(shape_of(node.args[0])[:-1]) * sum(map(math.prod, matrices)))
     return 0

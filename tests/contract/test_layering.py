@@ -21,6 +21,7 @@ CORE = ROOT / "qhw"
 # Each room imports only from itself and from those before it. `qhw` is the package's own __init__.py.
 ORDER = (
     "errors",
+    "wording",
     "schema",
     "numerics",
     "graph",
@@ -36,6 +37,7 @@ ORDER = (
     "qhw",
     "testing",
     "cli",
+    "__main__",
 )
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]["qhw"]

@@ -46,7 +46,7 @@ def test_a_wide_accumulator_is_proven_with_the_bits_that_are_left(result: Any, q
     ran = qhw_run("accumulators", result("32"))
     assert ran.status == 0, ran.err
     assert "cannot overflow" in ran.out
-    rows = json.loads(qhw_run("accumulators", result("32"), "--json").out)
+    rows = json.loads(qhw_run("accumulators", result("32"), "--json").out)["layers"]
     assert [row["operator"] for row in rows] == ["0", "5"]
     assert "Proven 2 operators cannot overflow" in " ".join(ran.out.split())
     assert f"{32 - max(row['bits_needed'] for row in rows)} bits are left in the tightest" in " ".join(ran.out.split())
@@ -56,7 +56,7 @@ def test_the_bound_is_the_one_of_the_stored_codes(result: Any, qhw_run: Run) -> 
     import qhw
 
     loaded = qhw.load(Path(result("32")))
-    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", result("32"), "--json").out)}
+    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", result("32"), "--json").out)["layers"]}
     for name, row in rows.items():
         points = {p.role: p for p in loaded.plan.points if p.operator == name and p.role in ("weight", "bias")}
         weight, bias = (loaded.codes(points[role]).long().numpy() for role in ("weight", "bias"))
@@ -81,7 +81,7 @@ def test_twelve_bits_overflow_with_status_1_and_the_written_witness_overflows_wh
     assert ran.err == ""
     assert "can overflow in" in ran.out
     assert "Can overflow 0, 5" in " ".join(ran.out.split())
-    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", place, "--json").out)}
+    rows = {row["operator"]: row for row in json.loads(qhw_run("accumulators", place, "--json").out)["layers"]}
     model = IntegerModel(qhw.load(Path(place)))
     with np.load(folder / "witness.npz") as arrays:
         assert sorted(arrays) == sorted(rows)
@@ -100,8 +100,8 @@ def test_a_width_that_is_not_known_is_said_and_is_no_overflow(result: Any, qhw_r
     ran = qhw_run("accumulators", place)
     assert ran.status == 0, ran.err
     assert "width not known" in ran.out
-    assert "the accumulator's width of 2 of 2 operators" in " ".join(ran.out.split())
-    assert all(row["bits"] is None for row in json.loads(qhw_run("accumulators", place, "--json").out))
+    assert "the accumulator's width of 2 operators" in " ".join(ran.out.split())
+    assert all(row["bits"] is None for row in json.loads(qhw_run("accumulators", place, "--json").out)["layers"])
 
 
 def test_a_witness_that_cannot_be_written_and_a_result_that_is_none_are_one_line(result: Any, qhw_run: Run) -> None:
@@ -112,3 +112,49 @@ def test_a_witness_that_cannot_be_written_and_a_result_that_is_none_are_one_line
         assert ran.err.startswith("error: ") and word in ran.err
     ran = qhw_run("accumulators", result("32"), "--witness", "no/such/w.npz")
     assert "cannot be written: No such file or directory. Choose another --witness." in ran.err
+
+
+def test_json_names_the_target_the_units_and_the_version(result: Any, qhw_run: Run) -> None:
+    found = json.loads(qhw_run("accumulators", result("32"), "--json").out)
+    assert (found["schema_version"], found["target"]) == (1, "acme/sums")
+    assert found["units"] == {
+        "lowest, highest, value, peak": "accumulator codes; one is input scale * weight scale of its channel",
+        "bits, bits_needed": "bits, the sign included",
+    }
+    assert all(row["bias_left_out"] is None for row in found["layers"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field"),
+    [
+        ('bias = "b", ', "", "kernels.mac.bias"),
+        ('bias = "b", ', 'bias = "unknown", ', "kernels.mac.bias"),
+        ('{ bits = 32, scale = "input*weight" }', '{ scale = "input*weight" }', "biases.b.bits"),
+    ],
+    ids=["absent", "unknown", "no bits"],
+)
+def test_a_bias_that_the_target_leaves_open_is_in_no_sum_and_said(
+    folder: Path, qhw_run: Run, old: str, new: str, field: str
+) -> None:
+    (folder / "sums.toml").write_text(TARGET.replace("BITS", "32").replace(old, new))
+    quantized = (
+        "quantize",
+        "net:model",
+        "-t",
+        "sums.toml",
+        "-c",
+        "net:batches",
+        "-o",
+        "out",
+        "--pipeline",
+        "ranges-ptq",
+    )
+    assert qhw_run(*quantized).status == 0
+    ran = qhw_run("accumulators", "out")
+    words = " ".join(ran.out.split())
+    assert f"Left out the bias of 2 operators: the target does not state {field}" in words
+    assert "; the sums of products alone, without the biases that are left out" in words
+    assert "bits left, its bias left out" in ran.out
+    assert {row["bias_left_out"] for row in json.loads(qhw_run("accumulators", "out", "--json").out)["layers"]} == {
+        field
+    }

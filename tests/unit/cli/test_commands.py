@@ -379,8 +379,52 @@ def test_interrupt_leaves_nothing(qhw_run: Run, folder: Path, monkeypatch: pytes
 
 
 def test_the_command_line_is_a_module_too() -> None:
-    ran = subprocess.run([sys.executable, "-m", "qhw.cli", "--version"], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-m", "qhw", "--version"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout[:6], ran.stderr) == (0, "qhw 0.", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "kind", "words"),
+    [
+        (("verify", "nowhere"), 1, "ResultError", "nowhere: is no result folder"),
+        (("plan", "net:model", "--target", "acme/none"), 1, "TargetError", "acme/none"),
+        (("verify",), 2, "UsageError", "Missing argument 'RESULT'"),
+        (("verify", "out", "--sample", "3"), 2, "UsageError", "No such option: --sample"),
+        (("golden", "out", "--out", "v", "--samples", "few"), 2, "UsageError", "should be a valid integer"),
+    ],
+    ids=["no result", "no target", "no argument", "no such option", "no number"],
+)
+def test_with_json_an_error_is_an_object_too(
+    qhw_run: Run, arguments: tuple[str, ...], status: int, kind: str, words: str
+) -> None:
+    ran, plain = qhw_run(*arguments, "--json"), qhw_run(*arguments)
+    error = json.loads(ran.out)["error"]
+    assert (ran.status, error["type"]) == (status, kind)
+    assert words in error["message"] and words in " ".join(ran.err.split())
+    assert (plain.status, plain.out) == (status, "")
+    if status == 1:
+        assert ran.err == plain.err == f"error: {error['message']}\n"
+
+
+def test_with_json_an_interrupt_is_an_object_too(qhw_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qhw.api
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qhw.api, "export", interrupted)
+    ran = qhw_run(*QUANTIZE, "--json")
+    assert ran.status == 130 and "interrupted" in ran.err
+    assert json.loads(ran.out) == {
+        "error": {"type": "Interrupted", "message": "nothing was written. Run the same command again."}
+    }
+
+
+def test_what_is_unknown_is_said_beside_the_share_of_macs(qhw_run: Run, folder: Path) -> None:
+    (folder / "odd.py").write_text(ODD)
+    sys.modules.pop("odd", None)
+    ran = qhw_run("plan", "odd:model", *PLAN[2:4], "-c", "odd:batches")
+    assert "100.0 % of 64 MACs, those of 1 unknown operator not counted" in " ".join(ran.out.split())
 
 
 def test_help_and_version(qhw_run: Run) -> None:

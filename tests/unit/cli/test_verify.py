@@ -126,7 +126,7 @@ def test_an_operator_on_the_host_is_listed(exact: Path, qhw_run: Run) -> None:
     quantize(qhw_run, "exact.toml", "out/host", "--keep-float", "5")
     ran = qhw_run("verify", "out/host")
     assert ran.status == 0, ran.err
-    assert "1 operators in float32, not compared: 5" in ran.out
+    assert "1 operator in float32, not compared: 5" in ran.out
 
 
 # The artefact in the vendor's runtime.

@@ -105,6 +105,34 @@ def test_attention_counts_both_products():
     assert operator.macs == 2 * (7 * 5 * 4 + 7 * 5 * 6)
 
 
+RECURRENT = {
+    # module, shape of one input, MACs: steps times every matrix, [gates * hidden, input] and [gates * hidden, hidden]
+    "lstm-both-directions": (nn.LSTM(6, 5, batch_first=True, bidirectional=True), (3, 7, 6), 7 * 2 * 4 * 5 * (6 + 5)),
+    "lstm-two-layers": (nn.LSTM(6, 5, 2, batch_first=True), (3, 7, 6), 7 * 4 * 5 * ((6 + 5) + (5 + 5))),
+    "gru": (nn.GRU(6, 5, batch_first=True, bias=False), (3, 7, 6), 7 * 3 * 5 * (6 + 5)),
+    "rnn": (nn.RNN(6, 5, batch_first=True), (3, 7, 6), 7 * 5 * (6 + 5)),
+    "lstm-cell": (nn.LSTMCell(6, 5), (3, 6), 4 * 5 * (6 + 5)),
+    "gru-cell": (nn.GRUCell(6, 5), (3, 6), 3 * 5 * (6 + 5)),
+}
+
+
+@pytest.mark.parametrize("case", RECURRENT)
+def test_recurrent_layers_are_unknown_and_their_products_are_counted(case):
+    module, shape, macs = RECURRENT[case]
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = module
+
+        def forward(self, x):
+            found = self.layer(x)
+            return found[0] if isinstance(found, tuple) else found
+
+    operators = capture(First().eval(), torch.randn(shape)).operators
+    assert [(operator.kind, operator.macs) for operator in operators if operator.macs] == [("Unknown", macs)]
+
+
 X = (3, 4, 6, 8)
 ONE = {
     # function, kind, some attributes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m qhw.cli`: the command line, where the script `qhw` is not on the path."""
+"""`python -m qhw`: the command line, where the script `qhw` is not on the path."""
 
 from qhw.cli import main
 
