@@ -21,12 +21,15 @@ __all__ = [
     "capture",
     "evaluate",
     "export",
+    "freeze",
     "golden",
     "load",
     "load_target",
+    "parameter_groups",
     "plan",
     "quantize",
     "save",
+    "trainable",
     "verify",
 ]
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from qhw.golden_vectors import golden
     from qhw.graph import Graph, capture
     from qhw.schema import TargetSpec
+    from qhw.training import freeze, parameter_groups, trainable
     from qhw.verification import verify
 
 _PLACES = {
@@ -51,6 +55,7 @@ _PLACES = {
     "evaluate": "qhw.evaluation",
     "golden": "qhw.golden_vectors",
     "verify": "qhw.verification",
+    **dict.fromkeys(("freeze", "parameter_groups", "trainable"), "qhw.training"),
     **dict.fromkeys(("export", "load", "load_target", "plan", "quantize", "save"), "qhw.api"),
 }
 

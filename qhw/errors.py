@@ -15,6 +15,7 @@ __all__ = [
     "RangeError",
     "ResultError",
     "TargetError",
+    "TrainingError",
 ]
 
 
@@ -52,6 +53,10 @@ class ExportError(QhwError):
 
 class IntegerError(QhwError):
     """A model cannot be computed in integers as its target does: a fact is missing, or a sum may overflow."""
+
+
+class TrainingError(QhwError):
+    """A result cannot be trained or frozen, or training came to a value that is no number."""
 
 
 class ResultError(QhwError):

@@ -9,7 +9,7 @@ from torch import Tensor
 from qhw.decisions import Reason, Resources, Site, Step, StepReport, Survey, Verdict
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
-from qhw.numerics import ChannelNormal
+from qhw.numerics import ChannelNormal, FoldedBatchNorm
 from qhw.schema import TargetSpec
 
 _FOLDABLE = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
@@ -53,6 +53,7 @@ class BatchNormFolding(Algorithm):
         with work.graph.changes():
             for norm, producer in pairs:
                 work.normals[producer.name] = normal_of(work.graph, norm)
+                work.folded_norms[producer.name] = folded_norm_of(work.graph, norm)
                 fold(work.graph, producer, norm)
         return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} batch norms folded")
 
@@ -64,6 +65,13 @@ def normal_of(graph: Graph, norm: Operator) -> ChannelNormal:
     std = ones if module.weight is None else module.weight.detach().double().abs()
     mean = torch.zeros_like(ones) if module.bias is None else module.bias.detach().double()
     return ChannelNormal(mean, std)
+
+
+def folded_norm_of(graph: Graph, norm: Operator) -> FoldedBatchNorm:
+    """All that is needed to take a batch norm out again."""
+    module: Any = graph.module.get_submodule(str(norm.attributes["module"]))
+    inner_std = (module.running_var.detach().double() + module.eps).sqrt()
+    return FoldedBatchNorm(inner_std, module.eps, module.momentum, normal_of(graph, norm))
 
 
 def factor_of(graph: Graph, norm: Operator) -> Tensor:

@@ -37,6 +37,9 @@ class Pipeline(PlanData):
     summary: str
     reference: str | None = Field(None, description="Paper and section it follows.")
     is_default: bool = Field(False, description="Used when the user names none; exactly one pipeline may say so.")
+    training: str | None = Field(
+        None, description="The pipeline whose stage `train` says how results of this one are trained; absent: this one."
+    )
     stages: tuple[StagePreference, ...]
 
     @model_validator(mode="after")

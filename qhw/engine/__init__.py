@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deciding and doing: selection (pure), the runner, and the quantized model it makes."""
 
+from qhw.engine.bias import weight_scale_floor
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import MICRO_BATCH, Calibration, CalibrationData, has_labels
 from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, top1
 from qhw.engine.folder import is_result_folder, load_result, save_result, written_files, written_whole
 from qhw.engine.improve import Improve, improve_layers
+from qhw.engine.insert import insert_modules
 from qhw.engine.layerwise import Layer, layers
 from qhw.engine.matrix_form import MatrixForm
 from qhw.engine.progress import Progress, RichProgress, SilentProgress, default_progress
 from qhw.engine.result import QuantizedModel
-from qhw.engine.runner import run
-from qhw.engine.select import select, target_fingerprint
+from qhw.engine.runner import apply_step, finished, run
+from qhw.engine.select import select, select_stage, target_fingerprint
 from qhw.engine.size import float_bytes, quantized_bytes
 from qhw.engine.work import Context, Statistic, Work
 from qhw.engine.work_folder import WorkFolder
@@ -36,12 +38,15 @@ __all__ = [
     "Work",
     "WorkFolder",
     "agreement",
+    "apply_step",
     "blaming",
     "default_progress",
     "evaluate",
+    "finished",
     "float_bytes",
     "has_labels",
     "improve_layers",
+    "insert_modules",
     "is_result_folder",
     "layers",
     "load_result",
@@ -50,8 +55,10 @@ __all__ = [
     "run",
     "save_result",
     "select",
+    "select_stage",
     "target_fingerprint",
     "top1",
+    "weight_scale_floor",
     "written_files",
     "written_whole",
 ]

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.insert import insert_modules
 from qhw.errors import ResultError
 from qhw.graph import Graph, QuantPoint
-from qhw.numerics import FakeQuantizer, QParams, quantize
+from qhw.numerics import FakeQuantizer, FoldedBatchNorm, QParams, quantize
 from qhw.schema import TargetSpec
 
 __all__ = ["QuantizedModel"]
@@ -31,6 +31,7 @@ class QuantizedModel(nn.Module):
         steps: What each step reported.
         provenance: Facts for the manifest.
         samples: A few calibration samples by input name, to verify the result with.
+        folded_norms: Operator -> the batch norm that is part of its weights.
 
     Attributes:
         plan: The decisions.
@@ -38,6 +39,8 @@ class QuantizedModel(nn.Module):
         steps: What each step reported.
         provenance: Facts for the manifest: data digest, seed, versions.
         samples: A few calibration samples by input name; empty without data.
+        folded_norms: Operator -> the batch norm that is part of its weights, for training to take out again.
+        trained_form: What it trains as, between `qhw.trainable` and `qhw.freeze`; else None.
 
     Raises:
         ResultError: a group has no qparams.
@@ -52,6 +55,7 @@ class QuantizedModel(nn.Module):
         steps: tuple[StepReport, ...] = (),
         provenance: Mapping[str, Any] | None = None,
         samples: Mapping[str, Tensor] | None = None,
+        folded_norms: Mapping[str, FoldedBatchNorm] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -59,6 +63,8 @@ class QuantizedModel(nn.Module):
         self.steps = steps
         self.provenance = dict(provenance or {})
         self.samples = dict(samples or {})
+        self.folded_norms = dict(folded_norms or {})
+        self.trained_form: Any = None
         missing = [point.group for point in plan.points if point.group not in qparams]
         if missing:
             raise ResultError(f"result: no scale for '{missing[0]}'. Quantize again.")
@@ -82,8 +88,12 @@ class QuantizedModel(nn.Module):
     def float_graph(self) -> Graph:
         """The graph without quantizers, in the state after all steps; exporters read its operators.
 
-        It holds this module's own tensors, not copies, so it follows training. Copy it before changing it.
+        It holds this module's own tensors, not copies. Copy it before changing it.
+
+        Raises:
+            ResultError: it is being trained.
         """
+        self._check_settled()
         for path, submodule in self._float_form.module.named_modules(remove_duplicate=False):
             own = self.module.get_submodule(path)
             submodule._parameters.update(own._parameters)
@@ -108,6 +118,25 @@ class QuantizedModel(nn.Module):
             inputs = (*inputs, *(named[name] for name in rest))
         return self.module(*inputs)
 
+    def train_as(self, form: Any, module: fx.GraphModule, paths: Mapping[str, str]) -> None:
+        """Take another module in this one's place, for training.
+
+        Args:
+            form: What can turn it back.
+            module: Takes the same inputs.
+            paths: Group -> path of its quantizer in that module; biases may be missing.
+        """
+        self.trained_form = form
+        self.module = module
+        self._paths = dict(paths)
+        self.train(self.training)
+
+    def _check_settled(self) -> None:
+        if self.trained_form is not None:
+            raise ResultError(
+                "result: it is being trained, and its codes are not settled. Call qhw.freeze(result) first."
+            )
+
     def quantizer(self, name: str) -> FakeQuantizer:
         """The quantizer of a point or group.
 
@@ -121,7 +150,12 @@ class QuantizedModel(nn.Module):
         return cast(FakeQuantizer, self.module.get_submodule(self._paths[group]))
 
     def encodings(self) -> dict[str, QParams]:
-        """Group -> scale, zero point and code bounds, as they are now."""
+        """Group -> scale, zero point and code bounds.
+
+        Raises:
+            ResultError: it is being trained.
+        """
+        self._check_settled()
         return {group: self.quantizer(group).qparams for group in self.groups()}
 
     def groups(self) -> tuple[str, ...]:
@@ -129,13 +163,17 @@ class QuantizedModel(nn.Module):
         return tuple(dict.fromkeys(point.group for point in self.plan.points))
 
     def codes(self, point: QuantPoint) -> Tensor:
-        """Integer codes of a weight or bias point, in the smallest dtype that holds them."""
+        """Integer codes of a weight or bias point, in the smallest dtype that holds them.
+
+        Raises:
+            ResultError: it is being trained.
+        """
         value = self.float_graph.tensor(point.tensor).detach()
         return quantize(value, self.quantizer(point.group).qparams, name=point.name)
 
     def set_enabled(self, enabled: bool, points: Iterable[str] | None = None) -> None:
         """Switch quantizers on or off: all, or those of the named points. Off, the float passes through."""
-        for name in self.groups() if points is None else points:
+        for name in self._paths if points is None else points:
             self.quantizer(name).enabled = enabled
 
 

@@ -4,10 +4,11 @@
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.bias import bias_qparams
@@ -25,7 +26,7 @@ from qhw.graph import Graph
 from qhw.numerics import PerTensor, QParams
 from qhw.schema import TargetSpec
 
-__all__ = ["run"]
+__all__ = ["apply_step", "finished", "run"]
 
 _PRESERVING = ("prepare", "equalize")  # the stages that leave the model's function as it is
 _log = logging.getLogger("qhw")
@@ -73,21 +74,51 @@ def run(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            reports = tuple(_apply(n, work, context, registry, work_folder) for n in range(len(plan.steps)))
+            reports = tuple(apply_step(n, work, context, registry, work_folder) for n in range(len(plan.steps)))
     finally:
         if isinstance(progress, RichProgress):
             progress.stop()
     _check_folded(work)
-    _check_complete(work)
-    work.qparams.update(bias_qparams(work))
     samples = calibration.first_samples if calibration is not None else {}
-    provenance = _provenance(calibration, seed)
-    result = QuantizedModel(work.graph, plan, target, work.qparams, reports, provenance, samples)
+    result = finished(work, reports, _provenance(calibration, seed), samples)
     registry.quantized(result, plan, reports)
     return result
 
 
-def _apply(number: int, work: Work, context: Context, registry: Registry, folder: WorkFolder | None) -> StepReport:
+def finished(
+    work: Work, reports: tuple[StepReport, ...], provenance: Mapping[str, Any], samples: Mapping[str, Tensor]
+) -> QuantizedModel:
+    """The quantized model that a working copy has become.
+
+    Raises:
+        PlanError: a point has no scale, or a bias does not fit.
+        RangeError: a bias holds NaN or infinite values.
+    """
+    _check_complete(work)
+    work.qparams.update(bias_qparams(work))
+    folded = {
+        name: replace(norm, normal=work.normals[name])
+        for name, norm in work.folded_norms.items()
+        if name in work.normals
+    }
+    return QuantizedModel(work.graph, work.plan, work.target, work.qparams, reports, provenance, samples, folded)
+
+
+def apply_step(
+    number: int, work: Work, context: Context, registry: Registry, folder: WorkFolder | None = None
+) -> StepReport:
+    """Let one step of the plan act on the working copy.
+
+    Args:
+        number: Of the step in `work.plan.steps`.
+        work: The working copy.
+        context: Data, progress, seed.
+        registry: Where its algorithm is found.
+        folder: Where finished layers are kept; None: nothing is kept.
+
+    Raises:
+        PluginError: the algorithm raised, or returned no report.
+    """
     step = work.plan.steps[number]
     entry = registry.algorithms[step.algorithm]
     options = options_for(entry.value, step.options, f"plan: step '{step.algorithm}'.options")

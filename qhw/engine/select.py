@@ -31,7 +31,7 @@ from qhw.extension.registry import Entry
 from qhw.graph import Graph, Placement, place
 from qhw.schema import TargetSpec, to_json
 
-__all__ = ["changed", "select", "target_fingerprint"]
+__all__ = ["changed", "select", "select_stage", "target_fingerprint"]
 
 T = TypeVar("T")
 
@@ -96,9 +96,47 @@ def select(
     )
 
 
+def select_stage(
+    stage: Stage, graph: Graph, plan: QuantPlan, target: TargetSpec, registry: Registry, overrides: Overrides
+) -> tuple[tuple[Step, ...], tuple[Refusal, ...]]:
+    """Decide one stage of another pipeline for a model that a plan has been applied to.
+
+    Args:
+        stage: Which.
+        graph: The model in its present state.
+        plan: The plan that was applied; its points and placements stay.
+        target: The resolved target.
+        registry: What the plugins bring.
+        overrides: What the user asks for; names the pipeline.
+
+    Returns:
+        tuple: the steps, and the algorithms refused.
+
+    Raises:
+        PlanError: a name is unknown, or an option is of an algorithm that is not used.
+    """
+    pipeline = _known(registry.pipeline, str(overrides.pipeline), "--pipeline")
+    chosen = _Chosen()
+    settled = _Settled(graph, Placement(plan.operators, plan.points))
+    _run_stage(stage, _Order(registry, pipeline, overrides), settled, target, plan.resources, chosen)
+    _require_used(overrides, chosen)
+    return tuple(chosen.steps), tuple(chosen.refused)
+
+
 def target_fingerprint(target: TargetSpec) -> str:
     """SHA-256 of a resolved target's JSON form."""
     return hashlib.sha256(to_json(target).encode()).hexdigest()
+
+
+class _Settled:
+    """A model whose placement is decided."""
+
+    def __init__(self, graph: Graph, placement: Placement) -> None:
+        self.graph = graph
+        self.placement = placement
+
+    def take(self, sites: Iterable[Site]) -> None:
+        """A step acts on these sites: nothing moves any more."""
 
 
 class _Prepared:
@@ -232,6 +270,8 @@ class _Order:
             },
         )
         preferred = [name for name in dict.fromkeys(self._overrides.prefer) if name in known]
+        if stage == "train" and not (listed or preferred):
+            return []  # training is not refused where nobody asks for it
         listed = [*preferred, *(name for name in listed if name not in preferred)]
         rest = [name for name in sorted(known) if name not in listed]
         return [self._candidate(known[name], name in rest) for name in (*listed, *rest)]
@@ -270,7 +310,7 @@ def _with_strangers(listed: list[str], ranked: dict[str, str | None]) -> list[st
 def _run_stage(
     stage: Stage,
     order: _Order,
-    prepared: _Prepared,
+    prepared: _Prepared | _Settled,
     target: TargetSpec,
     resources: Resources,
     chosen: _Chosen,
@@ -304,7 +344,7 @@ def _run_stage(
         )
 
 
-def _survey(candidate: _Candidate, prepared: _Prepared, target: TargetSpec, resources: Resources) -> Survey:
+def _survey(candidate: _Candidate, prepared: _Prepared | _Settled, target: TargetSpec, resources: Resources) -> Survey:
     entry = candidate.entry
     options = options_for(entry.value, candidate.options, f"--set {entry.name}")
     doing = f"algorithm '{entry.name}': survey"

@@ -15,7 +15,7 @@ from qhw.engine.progress import Progress
 from qhw.engine.work_folder import KeptStep
 from qhw.errors import PlanError, RangeError
 from qhw.graph import Graph, QuantPoint, input_point
-from qhw.numerics import ChannelNormal, Granularity, Grid, QParams, fake_quantize, legal_scale
+from qhw.numerics import ChannelNormal, FoldedBatchNorm, Granularity, Grid, QParams, fake_quantize, legal_scale
 from qhw.schema import TargetSpec
 
 __all__ = ["Context", "Statistic", "Work"]
@@ -90,6 +90,7 @@ class Work:
         qparams: Group of points -> QParams found so far.
         normals: Operator -> the distribution of its output's channels, where a batch norm that is folded into it tells.
             Whoever rescales or shifts channels afterwards keeps it in step.
+        folded_norms: Operator -> the batch norm that was folded into it, as it was then.
     """
 
     def __init__(self, graph: Graph, target: TargetSpec, plan: QuantPlan) -> None:
@@ -98,6 +99,7 @@ class Work:
         self.plan = plan
         self.qparams: dict[str, QParams] = {}
         self.normals: dict[str, ChannelNormal] = {}
+        self.folded_norms: dict[str, FoldedBatchNorm] = {}
         self._reference: Graph | None = None
         self._points = {point.name: point for point in plan.points}
         self._groups: dict[str, list[QuantPoint]] = {}

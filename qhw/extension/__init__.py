@@ -2,7 +2,15 @@
 """How strangers come in: the hooks, the interfaces of what they bring, the loader and the registry."""
 
 from qhw.extension.hookspecs import hookimpl, hookspec
-from qhw.extension.interfaces import API_VERSION, Algorithm, AlgorithmOptions, Executor, Exporter, PluginInfo
+from qhw.extension.interfaces import (
+    API_VERSION,
+    Algorithm,
+    AlgorithmOptions,
+    Executor,
+    Exporter,
+    PluginInfo,
+    TrainingAlgorithm,
+)
 from qhw.extension.loader import default_registry, load_plugins, reset_default_registry
 from qhw.extension.plugin import PluginRecord
 from qhw.extension.registry import Entry, Registry
@@ -17,6 +25,7 @@ __all__ = [
     "PluginInfo",
     "PluginRecord",
     "Registry",
+    "TrainingAlgorithm",
     "default_registry",
     "hookimpl",
     "hookspec",

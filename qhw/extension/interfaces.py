@@ -96,6 +96,34 @@ class Algorithm(ABC):
         """
 
 
+class TrainingAlgorithm(Algorithm):
+    """An algorithm of the stage `train`: it says what learns, and how.
+
+    Nothing is trained when a plan is applied; the result waits as it is. `qhw.trainable` calls `attach`, the user's own
+    loop trains, `qhw.freeze` turns what was learned into codes.
+
+    Recipe: as `Algorithm`, with `attach` in place of `apply`.
+    """
+
+    stage = "train"
+
+    def apply(self, work: Any, step: Step, context: Any) -> StepReport:
+        """Nothing yet: the sites wait for training."""
+        count = len(step.sites)
+        sites = f"{count} site{'s wait' if count != 1 else ' waits'}"
+        return StepReport(stage=step.stage, algorithm=self.name, summary=f"{sites} for training (qhw.trainable)")
+
+    @abstractmethod
+    def attach(self, form: Any, step: Step) -> None:
+        """Give the sites of a step what trains them.
+
+        Args:
+            form: The result on its way to training (`qhw.training.TrainingForm`): `set_quantizer`, `keep_norm`,
+                `fold_each_step`, and all that a working copy has. The only thing that may be changed.
+            step: The sites to act on, as the plan says.
+        """
+
+
 class Exporter(ABC):
     """Writes a result in a form that a toolchain takes.
 

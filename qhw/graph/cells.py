@@ -107,7 +107,8 @@ def find_cells(graph: Graph, target: TargetSpec, absorbed: Collection[str], keep
     for operator in graph.operators:
         name = operator.name
         if name in absorbed:
-            placed[name] = _placement(operator, "folded", "graph", "folded into the operator before it")
+            folded = _placement(operator, "folded", "graph", "folded into the operator before it")
+            placed[name] = folded.model_copy(update={"fused_into": operator.inputs[0]})
         elif name in members:
             placed[name] = _fused(operator, members[name])
         elif name in kept:

@@ -4,6 +4,7 @@
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
 from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.folded_norm import FoldedBatchNorm
 from qhw.numerics.fma import fma_float32
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
@@ -12,7 +13,7 @@ from qhw.numerics.learned_quantizer import LearnedQuantizer, ScaleDomain
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.qparams import QParams
-from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, quantize
+from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, fake_quantize_broadcast, quantize
 from qhw.numerics.range_loss import cross_entropy_qparams
 from qhw.numerics.requantize import fixed_point_multiplier, rescale_fixed_point, rescale_float32, rescale_shift
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_right
@@ -22,6 +23,7 @@ __all__ = [
     "ROUNDING_RULES",
     "ChannelNormal",
     "FakeQuantizer",
+    "FoldedBatchNorm",
     "Granularity",
     "Grid",
     "Histogram",
@@ -42,6 +44,7 @@ __all__ = [
     "dequantize",
     "expand",
     "fake_quantize",
+    "fake_quantize_broadcast",
     "fixed_point_multiplier",
     "fma_float32",
     "learned_fake_quantize",

@@ -91,11 +91,12 @@ class LearnedQuantizer(FakeQuantizer):
         Raises:
             RangeError: the parameter is not finite.
         """
-        if not bool(torch.isfinite(self.scale_parameter).all() & torch.isfinite(self.zero_point).all()):
+        zero_point = self.zero_points().detach()
+        if not bool(torch.isfinite(self.scale_parameter).all() & torch.isfinite(zero_point).all()):
             raise RangeError(
                 f"{self.name}: its learned scale or zero point is NaN or infinite. Lower the learning rate."
             )
-        zero_point = self.zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
+        zero_point = zero_point.round().clamp(self.quant_min, self.quant_max).to(torch.int32)
         return QParams(self.scale.detach().clone(), zero_point, self.quant_min, self.quant_max, self.granularity)
 
     @property
@@ -103,6 +104,10 @@ class LearnedQuantizer(FakeQuantizer):
         """Whether some scale is held at the bound below which it may not fall."""
         scale = torch.exp2(self.scale_parameter) if self.domain == "log2" else self.scale_parameter
         return bool((scale <= self.smallest_scale).any())
+
+    def zero_points(self) -> Tensor:
+        """The zero point in use before it is rounded: float32 [*P], with the gradient of what it is made of."""
+        return self.zero_point
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized x, with gradients for x, scale and zero point.
@@ -118,7 +123,7 @@ class LearnedQuantizer(FakeQuantizer):
         """
         if not self.enabled:
             return x
-        scale, zero_point = self._broadcast(x, self.scale, self.zero_point)
+        scale, zero_point = self._broadcast(x, self.scale, self.zero_points())
         return learned_fake_quantize(
             x, scale, zero_point, self.quant_min, self.quant_max, self.rounding, self.gradient_scale
         )

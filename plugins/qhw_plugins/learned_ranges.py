@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned ranges: scales, and zero points where they are free, learn by gradient with the weights."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from qhw.decisions import Reason, Resources, Site, Step, Survey, Verdict
+from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
+from qhw.graph import Graph, Placement
+from qhw.numerics import LearnedQuantizer, PerAxis, ScaleDomain
+from qhw.schema import TargetSpec
+from qhw_plugins.sites import TAKEN, activation_sites, scale_reasons, weight_sites
+
+
+class LearnedRangesOptions(AlgorithmOptions):
+    """What learns, and in which form."""
+
+    domain: ScaleDomain = Field(
+        "linear", description="What learns: the scale, or its base-2 logarithm; powers of two always the latter."
+    )
+    zero_point: bool = Field(True, description="Whether free zero points learn, too.")
+    gradient_scale: Literal["none", "lsq"] = Field(
+        "none", description="lsq: gradients of scales are divided by sqrt(elements * largest code), as in LSQ."
+    )
+
+
+class LearnedRanges(TrainingAlgorithm):
+    """Makes every scale a parameter, every free zero point another one, from the ranges that are set.
+
+    Gradients: eqs. 38 to 40; see `qhw.numerics.learned_fake_quantize`. Scales stay legal on the target at every step.
+    The paper takes the gradients as they are and leaves their size to the optimizer; so does this by default.
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 4.1; `gradient_scale="lsq"`: Esser et al., 2020,
+        arXiv:1902.08153, section 2.2.
+    """
+
+    name = "learned_ranges"
+    summary = "Scales and zero points learn by gradient."
+    Options = LearnedRangesOptions
+    options: LearnedRangesOptions
+
+    def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
+        """All weights and activations but those whose scale the format prescribes."""
+        names = (*weight_sites(points), *activation_sites(points))
+        sites = tuple(_site(points, target, name) for name in names)
+        taken = tuple(site.name for site in sites if site.verdict.taken)
+        reasons = scale_reasons(points, target, taken, "a {value} scale learns with the weights")
+        if not taken:
+            reasons = (Reason(subject="points", value=0, rule="no scale is free to learn"),)
+        return Survey(verdict=Verdict(taken=bool(taken), reasons=reasons), sites=sites)
+
+    def attach(self, form: Any, step: Step) -> None:
+        """A learning quantizer for every planned group."""
+        for group in step.sites:
+            form.set_quantizer(group, self.quantizer(form, group))
+
+    def quantizer(self, form: Any, group: str, kind: type[LearnedQuantizer] = LearnedQuantizer) -> LearnedQuantizer:
+        """The quantizer of a group, starting from the range that is set."""
+        return kind(
+            form.qparams[group],
+            form.grid(group),
+            domain=self.options.domain,
+            learn_zero_point=self.options.zero_point,
+            gradient_scale=_lsq_factor(form, group) if self.options.gradient_scale == "lsq" else 1.0,
+            name=group,
+        )
+
+
+def _site(points: Placement, target: TargetSpec, group: str) -> Site:
+    name = next(point.format for point in points.points if point.group == group)
+    scale = target.formats[name].scale
+    if getattr(scale, "kind", None) == "fixed":
+        reason = Reason(subject=f"formats.{name}.scale.kind", value="fixed", rule="the scale is {value}")
+        return Site(name=group, verdict=Verdict(taken=False, reasons=(reason,)))
+    return Site(name=group, verdict=TAKEN)
+
+
+def _lsq_factor(form: Any, group: str) -> float:
+    """1 / sqrt(N quant_max): N the elements that share the scale, of one sample where they are activations."""
+    point, qparams = form.group(group)[0], form.qparams[group]
+    shape = form.graph.tensor(point.tensor).shape if point.role == "weight" else form.shape(point)[1:]
+    count = math.prod(shape)
+    if isinstance(qparams.granularity, PerAxis):
+        count //= shape[qparams.granularity.axis]
+    return 1.0 / math.sqrt(max(count, 1) * max(qparams.quant_max, 1))
+
+
+@hookimpl
+def qhw_plugin_info() -> PluginInfo:
+    return PluginInfo(api=1, summary="Scales and zero points that learn by gradient.")
+
+
+@hookimpl
+def qhw_register_algorithms() -> list[type[Algorithm]]:
+    return [LearnedRanges]

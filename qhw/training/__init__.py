@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantization-aware training: a result that trains, and what training made of it as a result again."""
+
+from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer
+from qhw.training.form import TrainingForm
+from qhw.training.freeze import freeze
+from qhw.training.parameters import parameter_groups
+from qhw.training.trainable import trainable
+
+__all__ = ["DoubleForward", "KeptNorm", "NormLayer", "TrainingForm", "freeze", "parameter_groups", "trainable"]

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch norm in training: kept behind its operator, or folded into it at each step."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qhw.graph.switching import BatchNorm
+from qhw.numerics import FakeQuantizer
+
+__all__ = ["DoubleForward", "KeptNorm", "NormLayer", "OperatorCall", "SyncedBatchNorm"]
+
+
+class OperatorCall:
+    """A convolution or linear operator as a function of input and weight, without a bias.
+
+    Args:
+        target: The ATen operator.
+        rest: Its positional arguments behind the bias.
+        kwargs: Its named arguments.
+    """
+
+    def __init__(self, target: Any, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._target = target
+        self._rest = rest
+        self._kwargs = kwargs
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = self._target(x, weight, None, *self._rest, **self._kwargs)
+        return result
+
+
+class SyncedBatchNorm(BatchNorm):
+    """Batch norm whose batch is that of all processes of a distributed run, so that ranks keep equal statistics.
+
+    Alone it is the plain batch norm. Biased variance normalizes, the unbiased one is averaged, as in torch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and is_distributed()):
+            return super().forward(x)
+        mean, var, count = batch_statistics(x)
+        self.update(mean, var, count)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = torch.rsqrt(var + self.eps) if self.weight is None else self.weight * torch.rsqrt(var + self.eps)
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return x * scale.reshape(shape) + shift.reshape(shape)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics towards those of a batch.
+
+        Args:
+            mean: float32 [channels].
+            var: float32 [channels], biased.
+            count: Values per channel.
+        """
+        if self.running_mean is None or self.running_var is None:
+            return
+        factor = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.detach(), float(factor or 0.0))
+        self.running_var.lerp_(var.detach() * (count / max(count - 1, 1)), float(factor or 0.0))
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel."""
+    axes = [0, *range(2, x.dim())]
+    count = x.numel() // x.shape[1]
+    if not is_distributed():
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean, var, count
+    total = _sum_over_ranks(torch.cat([x.sum(axes), x.new_tensor([float(count)])]))
+    count_all = total[-1].detach()
+    mean = total[:-1] / count_all
+    centred = x - mean.reshape(1, -1, *[1] * (x.dim() - 2))
+    var = _sum_over_ranks(centred.square().sum(axes)) / count_all
+    return mean, var, int(count_all)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all processes; each process gets the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    result: Tensor = _SumOverRanks.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class NormLayer(nn.Module):
+    """An operator with weights and the batch norm behind it, as one module of input and weight.
+
+    Args:
+        call: The operator, without a bias.
+        batch_norm: What normalizes its output.
+    """
+
+    def __init__(self, call: OperatorCall, batch_norm: SyncedBatchNorm) -> None:
+        super().__init__()
+        self.call = call
+        self.batch_norm = batch_norm
+
+
+class KeptNorm(NormLayer):
+    """Quantized weights, then the batch norm as it is; merged into the scales afterwards.
+
+        y[k] = gamma[k] s[k] / sqrt(var[k] + eps) (W_int[k] x) + b[k]               (41)
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 4.2, eq. 41.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The normalized output; `weight` comes quantized."""
+        normalized: Tensor = self.batch_norm(self.call(x, weight))
+        return normalized
+
+
+class DoubleForward(NormLayer):
+    """Weights with the batch norm's running statistics folded in, quantized; the batch's own restored behind.
+
+    A step in training computes the operator twice: with plain weights for the batch's mean and deviation, then with
+    quantized gamma W / sigma, sigma being the running one, multiplied by sigma / sigma_batch. Once frozen, or in eval
+    mode, the running statistics serve all.
+
+    Args:
+        call: The operator, without a bias.
+        batch_norm: What normalizes its output.
+        quantizer: Of the folded weights.
+        freeze_after: Training steps after which the statistics are frozen; None: never.
+
+    Reference:
+        Nagel et al., 2021, arXiv:2106.08295, section 4.2; Krishnamoorthi, 2018, arXiv:1806.08342, section 4.2.
+    """
+
+    num_steps: Tensor
+
+    def __init__(
+        self, call: OperatorCall, batch_norm: SyncedBatchNorm, quantizer: FakeQuantizer, freeze_after: int | None
+    ) -> None:
+        super().__init__(call, batch_norm)
+        self.quantizer = quantizer
+        self.freeze_after = freeze_after
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The normalized output; `weight` comes as it is stored, in float."""
+        norm = self.batch_norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        if self.training:
+            self.num_steps.add_(1)
+        if not self.training or (self.freeze_after is not None and int(self.num_steps) > self.freeze_after):
+            scale, shift = self._affine(norm.running_mean, norm.running_var)
+            return _along(self.call(x, self._folded(weight, scale)), None, shift)
+        mean, var, count = batch_statistics(self.call(x, weight))
+        norm.update(mean, var, count)
+        ratio = torch.sqrt((norm.running_var + norm.eps) / (var + norm.eps))
+        scale, _ = self._affine(norm.running_mean, norm.running_var)
+        _, shift = self._affine(mean, var)
+        return _along(self.call(x, self._folded(weight, scale)), ratio, shift)
+
+    def _folded(self, weight: Tensor, scale: Tensor) -> Tensor:
+        quantized: Tensor = self.quantizer(weight * scale.reshape(-1, *[1] * (weight.dim() - 1)))
+        return quantized
+
+    def _affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """What the batch norm multiplies by, and what it adds: [channels]."""
+        norm = self.batch_norm
+        scale = torch.rsqrt(var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        return scale, -mean * scale if norm.bias is None else norm.bias - mean * scale
+
+
+def _along(y: Tensor, factor: Tensor | None, offset: Tensor) -> Tensor:
+    """factor[k] y[k] + offset[k] along axis 1."""
+    shape = (1, -1, *[1] * (y.dim() - 2))
+    return y + offset.reshape(shape) if factor is None else torch.addcmul(
+        offset.reshape(shape), y, factor.reshape(shape)
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The form in which a quantized model trains: its float graph, quantizers that learn, batch norms taken out again."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qhw.engine import QuantizedModel, Work, insert_modules
+from qhw.errors import TrainingError
+from qhw.graph import QuantPoint
+from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale
+from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, OperatorCall, SyncedBatchNorm
+from qhw.training.bias import BiasQuantizer
+
+__all__ = ["TrainingForm"]
+
+_HOLDER = "batch_norms"
+_WIDE_BIAS = 32  # bits; rounding to such a grid is below that of float32
+
+
+class TrainingForm(Work):
+    """A result on its way to training. Algorithms of the stage `train` say here what learns.
+
+    What is left unsaid stays as it is: a quantizer with a fixed scale, a batch norm that is folded.
+
+    Args:
+        result: The quantized model; not changed.
+
+    Attributes:
+        quantizers: Group of points -> the module that will quantize it.
+        layers: Operator -> the module that computes it with its batch norm.
+        origin: The float graph as the result had it.
+    """
+
+    def __init__(self, result: QuantizedModel) -> None:
+        self.origin = result.float_graph.copy()
+        super().__init__(self.origin.copy(), result.target, result.plan)
+        self.qparams.update(result.encodings())
+        self.folded_norms.update(result.folded_norms)
+        self.quantizers: dict[str, FakeQuantizer] = {}
+        self.layers: dict[str, NormLayer] = {}
+
+    def set_quantizer(self, group: str, quantizer: FakeQuantizer) -> None:
+        """Let a module quantize the points of a group.
+
+        Raises:
+            PlanError: no such group.
+        """
+        self.group(group)
+        self.quantizers[group] = quantizer
+
+    def shape(self, point: QuantPoint) -> tuple[int, ...]:
+        """Shape of the tensor of an activation point, with the batch axis of the example."""
+        return tuple(self.graph.node(point.tensor).meta["shape"])
+
+    def weight_group(self, operator: str) -> str:
+        """The group of an operator's weight.
+
+        Raises:
+            TrainingError: it is not quantized.
+        """
+        for point in self.plan.points:
+            if point.role == "weight" and operator in (point.operator, *point.consumers):
+                return point.group
+        raise TrainingError(f"{operator}: its weight is not quantized, so its batch norm stays folded. Leave it out.")
+
+    def keep_norm(self, operator: str) -> None:
+        """Take the batch norm out of an operator with one scale per output channel, and let it normalize behind it.
+
+        The function in eval mode and the weight codes stay; the scales become those of the weights without it.
+
+        Raises:
+            TrainingError: it had none, or is of a form that cannot be split.
+        """
+        norm, factor = self._unfold(operator)
+        group = self.weight_group(operator)
+        found = self.qparams[group]
+        if not isinstance(found.granularity, PerAxis) or found.granularity.axis != 0:
+            raise TrainingError(f"{operator}: a batch norm is kept on scales per output channel only. Fold it.")
+        scale = legal_scale(found.scale.double() * factor, self.grid(group), "nearest")
+        self.qparams[group] = QParams(scale, found.zero_point, found.quant_min, found.quant_max, found.granularity)
+        self.layers[operator] = KeptNorm(self._call(operator), norm)
+
+    def fold_each_step(self, operator: str, freeze_after: int | None = None) -> None:
+        """Take the batch norm out of an operator, to be folded anew at each step of training.
+
+        Args:
+            operator: Its name.
+            freeze_after: Steps after which running statistics serve; None: never.
+
+        Raises:
+            TrainingError: it had no batch norm, or is of a form that cannot be split.
+        """
+        group = self.weight_group(operator)
+        norm, _ = self._unfold(operator)
+        # The quantizer may be replaced until the form is built.
+        self.layers[operator] = DoubleForward(self._call(operator), norm, self._quantizer(group), freeze_after)
+
+    def _unfold(self, operator: str) -> tuple[SyncedBatchNorm, Tensor]:
+        """The batch norm on its own; and what the weights were multiplied by to be without it: float64 [channels].
+
+        With u = W x before and y = gamma (u - mean) / sigma + beta behind the batch norm, and the folded W~, b~:
+            W = W~ sigma / gamma, mean = (beta - b~) sigma / gamma
+        """
+        record = self.folded_norms.get(operator)
+        found = self.graph.operator(operator)
+        if record is None:
+            raise TrainingError(f"{operator}: no batch norm was folded into it. Leave it out, or quantize again.")
+        _, args = self._arguments(operator)
+        weight, bias = self.graph.tensor(str(found.weight)), self.graph.tensor(str(found.bias))
+        if len(args) < 3 or found.weight_axis != 0:
+            raise TrainingError(f"{operator}: its batch norm cannot be taken out of {found.kind}. Leave it out.")
+        gamma, beta = record.normal.std, record.normal.mean
+        # A channel with gamma 0 has weights 0: any factor does.
+        factor = torch.where(gamma > 0, record.inner_std / gamma.clamp(min=1e-30), 1.0)
+        with torch.no_grad():
+            weight.copy_(weight.double() * expand(factor, PerAxis(0), tuple(weight.shape)))
+        norm = SyncedBatchNorm(record.momentum, record.eps)
+        norm.weight, norm.bias = nn.Parameter(gamma.float()), nn.Parameter(beta.float())
+        norm.running_mean = ((beta - bias.detach().double()) * factor).float()
+        norm.running_var = (record.inner_std.square() - record.eps).clamp(min=0).float()
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+        return norm, factor
+
+    def _arguments(self, operator: str) -> tuple[fx.Node, tuple[Any, ...]]:
+        node = self.graph.node(operator)
+        return node, tuple(node.args)
+
+    def _call(self, operator: str) -> OperatorCall:
+        node, args = self._arguments(operator)
+        return OperatorCall(node.target, args[3:], dict(node.kwargs))
+
+    def build(self) -> tuple[fx.GraphModule, dict[str, str]]:
+        """The module that trains, and the path of the quantizer of each group."""
+        graph = self.graph
+        paths: dict[str, str] = {}
+        holder = nn.ModuleDict()
+        for name, layer in self.layers.items():
+            key = re.sub(r"\W", "_", name)
+            holder[key] = layer
+            node, args = self._arguments(name)
+            node.op, node.target, node.args, node.kwargs = "call_module", f"{_HOLDER}.{key}", args[:2], {}
+            if isinstance(layer, DoubleForward):
+                layer.quantizer = self._quantizer(self.weight_group(name))
+                paths[self.weight_group(name)] = f"{_HOLDER}.{key}.quantizer"
+        if self.layers:
+            graph.module.add_module(_HOLDER, holder)
+            _drop_unused(graph.module)
+            graph.refresh()
+        modules = self._modules()
+        points = [point for point in self.plan.points if point.group not in paths]
+        return graph.module, paths | insert_modules(graph, points, lambda point: modules.get(point.group))
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Group -> its quantizer; none for biases that need none."""
+        found: dict[str, nn.Module] = {}
+        for point in self.plan.points:
+            if point.role != "bias":
+                found[point.group] = self._quantizer(point.group)
+        for point in self.plan.points:
+            module = self._bias_quantizer(point) if point.role == "bias" else None
+            if module is not None:
+                found[point.group] = module
+        return found
+
+    def _quantizer(self, group: str) -> FakeQuantizer:
+        """What an algorithm gave the group, or a quantizer with a scale that stays."""
+        if group not in self.quantizers:
+            self.quantizers[group] = FakeQuantizer(self.qparams[group], name=self.group(group)[0].name)
+        return self.quantizers[group]
+
+    def _bias_quantizer(self, point: QuantPoint) -> nn.Module | None:
+        """A narrow bias is rounded; a wide one is as good as float, and behind a batch norm there is none yet."""
+        rule = self.target.biases[point.format]
+        if point.operator in self.layers or not isinstance(rule.bits, int) or rule.bits >= _WIDE_BIAS:
+            return None
+        if rule.scale == "own":
+            return FakeQuantizer(self.qparams[point.group], name=point.name)
+        weight = self._quantizer(self.weight_group(point.operator))
+        if not isinstance(weight.granularity, PerTensor | PerAxis):
+            return None
+        return BiasQuantizer(rule.bits, (self._quantizer(self.input_group(point.operator)), weight))
+
+
+def _drop_unused(module: fx.GraphModule) -> None:
+    """Take the biases out that no operator reads any more."""
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
+            name = str(node.target)
+            if all(other.target != name for other in module.graph.nodes if other.op == "get_attr"):
+                parent, _, leaf = name.rpartition(".")
+                holder = module.get_submodule(parent)
+                holder._parameters.pop(leaf, None)
+                holder._buffers.pop(leaf, None)
