@@ -12,9 +12,10 @@ from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Surve
 from qhw.engine import MatrixForm
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
-from qhw.graph import Graph, Operator, Placement, input_point
+from qhw.graph import Graph, Operator, Placement, input_point, num_products, sum_bits
 from qhw.numerics import Grid, PerAxis, QParams, accumulator_bits_needed, accumulator_bounds, expand, legal_scale
 from qhw.schema import TargetSpec
+from qhw_plugins.weight_loss import lowest, sqnr_db
 
 _CANDIDATES = 9
 _WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
@@ -68,45 +69,36 @@ class AccumulatorProjection(Algorithm):
         changed = [site for site in figures.values() if site["channels"]]
         channels = sum(int(str(site["channels"])) for site in changed)
         summary = f"no sum of {len(figures)} weights can overflow; {channels} channels of {len(changed)} made to fit"
-        lost = {name: float(str(site["sqnr_db"])) for name, site in figures.items() if site["sqnr_db"] is not None}
-        if changed and lost:
-            worst = min(lost, key=lambda name: lost[name])
-            summary += f", lowest SQNR {lost[worst]:.1f} dB ({worst})"
+        summary += lowest({name: site for name, site in figures.items() if site["channels"]})
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 
 def _verdict(operator: Operator, weight_format: str, points: Placement, target: TargetSpec) -> Verdict:
-    kernel = points.operator(operator.name).kernel
-    name = target.kernels[kernel].accumulator if kernel is not None else None
+    placement = points.operator(operator.name)
+    name = target.kernels[placement.kernel].accumulator if placement.kernel is not None else None
     accumulator = target.accumulators.get(str(name))
     bits = accumulator.bits if accumulator is not None else None
-    subject = f"accumulators.{name}.bits" if accumulator is not None else f"kernels.{kernel}.accumulator"
+    subject = f"accumulators.{name}.bits" if accumulator is not None else f"kernels.{placement.kernel}.accumulator"
     if not isinstance(bits, int):
         value = bits if bits is not None else name
         return _refused(subject, value, "the width of the accumulator is {value}: nothing to hold sums to")
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
-    count = int(operator.attributes["in_channels"]) // int(operator.attributes.get("groups", 1))
-    count *= math.prod(operator.attributes.get("kernel", ()))
-    reach = _reach(weight) * (_reach(target.formats[point.format]) if point is not None else 0) * count
-    if weight.zero_point not in (0, None) or not reach:
+    if weight.zero_point not in (0, None):
         return _refused(
             f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point of {value}"
         )
-    needed = int(accumulator_bits_needed(torch.tensor(-reach), torch.tensor(reach)))
+    needed = 1 if point is None else sum_bits(operator, target.formats[point.format], weight)
+    # Why another kernel was taken for its bits, or was not.
+    more = (Reason(subject=placement.subject, value=placement.kernel, rule=placement.reason),) * bool(placement.reason)
     if needed <= bits:
-        return _refused(subject, bits, "{value} bits hold every sum that formats and shapes allow")
-    rule = f"{{value}} bits: sums of {count} products could need {needed}"
-    return Verdict(taken=True, reasons=(Reason(subject=subject, value=bits, rule=rule),))
+        rule = "{value} bits hold every sum that formats and shapes allow"
+        return Verdict(taken=False, reasons=(Reason(subject=subject, value=bits, rule=rule), *more))
+    rule = f"{{value}} bits: sums of {num_products(operator)} products could need {needed}"
+    return Verdict(taken=True, reasons=(Reason(subject=subject, value=bits, rule=rule), *more))
 
 
 def _refused(subject: str, value: Json, rule: str) -> Verdict:
     return Verdict(taken=False, reasons=(Reason(subject=subject, value=value, rule=rule),))
-
-
-def _reach(spec: Any) -> int:
-    """Largest magnitude of a code, its zero point taken off."""
-    low, high, zero = int(spec.quant_min), int(spec.quant_max), spec.zero_point
-    return max(high - zero, zero - low) if isinstance(zero, int) else high - low
 
 
 def _fit(work: Any, group: str, operator: Operator) -> dict[str, Json]:
@@ -133,14 +125,11 @@ def _fit(work: Any, group: str, operator: Operator) -> dict[str, Json]:
             f"{group}: its sums need {after} bits, of which {sums.bits} are there, whatever its weights. Keep "
             f"'{operator.name}' in float with --keep-float, or choose a kernel with a wider accumulator."
         )
-    lost = rows - codes * scale[:, None]
-    power = float(rows.square().sum())
-    noise = float(lost.square().sum())
     return {
         "bits_before": before,
         "bits": after,
         "channels": int(over.sum()),
-        "sqnr_db": round(10 * math.log10(power / noise), 2) if noise and power else None,
+        "sqnr_db": sqnr_db(rows, codes * scale[:, None]),
     }
 
 

@@ -14,7 +14,7 @@ from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, legal_scale
 from qhw.numerics.grid import SMALLEST_SCALE
 from qhw.schema import Bias
 
-__all__ = ["bias_qparams"]
+__all__ = ["bias_qparams", "weight_scale_floor"]
 
 _log = logging.getLogger("qhw")
 
@@ -25,9 +25,9 @@ def bias_qparams(work: Work) -> dict[str, QParams]:
         scale = float32(input scale * weight scale), zero point 0      (Nagel et al. 2021, section 2.1)
 
     A bias scale of its own is the finest that covers the bias. A bias that would leave its width, as that of a dead
-    channel with weights near 0, gets coarser weights: its channel's weight scale grows to the smallest legal one with
-    which it fits. A 32-bit bias that needs this is so large that the weights lose at most some 2**-15 of it. Where the
-    weight scale is not the channel's own, the bias is refused.
+    channel with weights near 0, does what `biases.*.out_of_range` says. "enlarge_scale", or nothing stated: its weights
+    get the smallest legal scale with which it fits (a channel's own, else the tensor's). "saturate": it is clamped, as
+    the target's tool clamps it. "refuse" and "wrap": it is an error.
 
     Returns:
         Group -> QParams with scale [] or [out_channels].
@@ -36,65 +36,122 @@ def bias_qparams(work: Work) -> dict[str, QParams]:
         PlanError: a bias does not fit its width, or its weight has a scale per group of inputs.
         RangeError: a bias holds NaN or infinite values; names the parameter.
     """
-    found: dict[str, QParams] = {}
-    for point in work.plan.points:
-        if point.role == "bias":
-            rule = work.target.biases[point.format]
-            if rule.scale != "own":
-                _coarsen_weights(work, point, _bits(rule))
-            found[point.group] = _qparams(work, point, rule)
-    return found
+    points = [point for point in work.plan.points if point.role == "bias"]
+    for point in points:  # before any bias gets a scale: two operators may share a weight
+        if _grows(work.target.biases[point.format]):
+            _coarsen_weights(work, point)
+    return {point.group: _qparams(work, point, work.target.biases[point.format]) for point in points}
 
 
-def _bits(rule: Bias) -> int:
-    return int(rule.bits) if isinstance(rule.bits, int) else 32
+def _grows(rule: Bias) -> bool:
+    return rule.scale != "own" and rule.out_of_range in (None, "unknown", "enlarge_scale")
 
 
-def _coarsen_weights(work: Work, point: QuantPoint, bits: int) -> None:
-    """Let the weight scales of channels grow whose bias would leave its width."""
-    weight = next(p for p in work.plan.points if p.role == "weight" and point.operator in p.consumers)
-    found = work.qparams[weight.group]
-    bias = work.graph.tensor(point.tensor).detach().double().abs()
-    if not isinstance(found.granularity, PerAxis) or len(found.scale) != len(bias):
-        return
-    high = 2 ** (bits - 1) - 1
+def _limits(rule: Bias) -> tuple[int, int]:
+    bits = int(rule.bits) if isinstance(rule.bits, int) else 32
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def weight_scale_floor(work: Work, point: QuantPoint) -> Tensor | None:
+    """The smallest scales of an operator's weights with which its bias fits its width.
+
+        scale >= |bias| / (2^(bits - 1) - 1) / input scale
+
+    Args:
+        work: Inputs and weights have their scales.
+        point: A bias point.
+
+    Returns:
+        float64, one for each scale of the weight; None for a bias on a scale of its own, and where weights have a scale
+        per group of inputs.
+
+    Raises:
+        RangeError: the bias holds NaN or infinite values.
+    """
+    rule = work.target.biases[point.format]
+    scale = work.qparams[_weight_group(work, point)].scale
+    if rule.scale == "own" or isinstance(work.qparams[_weight_group(work, point)].granularity, PerGroup):
+        return None
+    unit = work.qparams[work.input_group(point.operator)].scale.double()
     # A float32 product of two scales may lie half an ulp below the real one.
-    smallest = bias / high / work.qparams[work.input_group(point.operator)].scale.double() * (1 + 2.0**-20)
-    short = bias.isfinite() & (found.scale.double() < smallest)
-    if bool(short.any()):
-        wanted = torch.where(short, smallest, found.scale.double())
-        scale = torch.where(short, legal_scale(wanted, work.grid(weight.group)), found.scale)
-        work.qparams[weight.group] = replace(found, scale=scale)
-        _log.info("%s: %d weight scales grew so that the bias fits %d bits.", point.name, int(short.sum()), bits)
+    floor = _bias(work, point).abs() / _limits(rule)[1] / unit * (1 + 2.0**-20)
+    if not scale.dim():
+        return floor.amax() if floor.numel() else torch.zeros((), dtype=torch.float64)
+    # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
+    return floor.reshape(-1, len(scale)).amax(0)
 
 
-def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
-    bits = _bits(rule)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def _weight_group(work: Work, point: QuantPoint) -> str:
+    return next(p.group for p in work.plan.points if p.role == "weight" and point.operator in p.consumers)
+
+
+def _bias(work: Work, point: QuantPoint) -> Tensor:
     bias = work.graph.tensor(point.tensor).detach().double()
     if not bool(torch.isfinite(bias).all()):
         raise RangeError(
             f"{point.tensor}: biases hold NaN or infinite values. Repair the checkpoint before quantizing."
         )
+    return bias
+
+
+def _coarsen_weights(work: Work, point: QuantPoint) -> None:
+    """Let the weight scales grow where the bias would leave its width."""
+    smallest = weight_scale_floor(work, point)
+    if smallest is None:
+        return
+    group = _weight_group(work, point)
+    found = work.qparams[group]
+    short = found.scale.double() < smallest
+    if bool(short.any()):
+        wanted = torch.where(short, smallest, found.scale.double())
+        scale = torch.where(short, legal_scale(wanted, work.grid(group)), found.scale)
+        work.qparams[group] = replace(found, scale=scale)
+        bits = work.target.biases[point.format].bits
+        _log.info("%s: %d weight scales grew so that the bias fits %s bits.", point.name, int(short.sum()), bits)
+
+
+def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
+    low, high = _limits(rule)
+    bias = _bias(work, point)
     if rule.scale == "own":
         scale = (bias.abs().max() / high).clamp(min=SMALLEST_SCALE).float()
         return QParams(scale, torch.zeros((), dtype=torch.int32), low, high, PerTensor())
     scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
+    _check_unit(point, scale)
     scale = scale.clamp(min=SMALLEST_SCALE)
-    worst = float((bias / scale.double()).abs().max()) if bias.numel() else 0.0
-    if worst > high:
-        raise PlanError(
-            f"{point.name}: needs {int(worst).bit_length() + 1} bits at scale input*weight; biases.{point.format} has "
-            f"{bits}. Keep '{point.operator}' in float with --keep-float, or choose a coarser weight format."
+    over = int(((bias / scale.double()).abs() > high).sum())
+    if over and rule.out_of_range == "saturate":
+        _log.warning(
+            "%s: %d biases do not fit biases.%s.bits = %s and are clamped.", point.name, over, point.format, rule.bits
         )
+    elif over:
+        raise _too_large(point, rule, float((bias / scale.double()).abs().max()))
     granularity = PerAxis(0) if scale.dim() else PerTensor()
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), low, high, granularity)
 
 
+def _check_unit(point: QuantPoint, scale: Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()):
+        raise RangeError(
+            f"{point.operator}: input scale times weight scale must be a finite float32; got {float(scale.max()):g}. "
+            f"Scale its inputs or weights down, or keep '{point.operator}' in float with --keep-float."
+        )
+
+
+def _too_large(point: QuantPoint, rule: Bias, worst: float) -> PlanError:
+    needed = int(worst).bit_length() + 1
+    stated = (
+        "" if rule.out_of_range in (None, "unknown", "enlarge_scale") else f', out_of_range = "{rule.out_of_range}"'
+    )
+    return PlanError(
+        f"{point.name}: needs {needed} bits at scale input*weight; biases.{point.format} has {rule.bits}{stated}. "
+        f"Let a fit step coarsen its weights, or keep '{point.operator}' in float with --keep-float."
+    )
+
+
 def _weight_scale(work: Work, point: QuantPoint, out_channels: int) -> Tensor:
     """Scale of the weights behind each output channel: [] or [out_channels]."""
-    weight = next(p for p in work.plan.points if p.role == "weight" and point.operator in p.consumers)
-    weights = work.qparams[weight.group]
+    weights = work.qparams[_weight_group(work, point)]
     if isinstance(weights.granularity, PerGroup):
         raise PlanError(
             f"{point.name}: weights have a scale per group of inputs, so an integer bias has no scale "

@@ -8,12 +8,14 @@ from qhw.graph.kinds import ATEN_KINDS, KNOWN_KINDS, MOVEMENT_KINDS, VIEW_KINDS
 from qhw.graph.operator import Operator
 from qhw.graph.placement import Placement, place
 from qhw.graph.points import FixedEncoding, OperatorPlacement, QuantPoint, input_point
+from qhw.graph.room import SUMMING_KINDS, accumulator_width, num_products, sum_bits
 from qhw.graph.saving import graph_from_json, graph_to_json
 
 __all__ = [
     "ATEN_KINDS",
     "KNOWN_KINDS",
     "MOVEMENT_KINDS",
+    "SUMMING_KINDS",
     "VIEW_KINDS",
     "ExampleInputs",
     "FixedEncoding",
@@ -22,9 +24,12 @@ __all__ = [
     "OperatorPlacement",
     "Placement",
     "QuantPoint",
+    "accumulator_width",
     "capture",
     "graph_from_json",
     "graph_to_json",
     "input_point",
+    "num_products",
     "place",
+    "sum_bits",
 ]

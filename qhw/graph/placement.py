@@ -17,6 +17,7 @@ from qhw.graph.graph import Graph
 from qhw.graph.kinds import VIEW_KINDS
 from qhw.graph.points import OperatorPlacement, QuantPoint
 from qhw.graph.propagate import Demands, choose_formats
+from qhw.graph.room import with_room
 from qhw.graph.slots import Choice
 from qhw.schema import TargetSpec
 
@@ -62,9 +63,10 @@ def place(
     _check_fallback(target, found)
     demands = _demands(found, target, formats or {})
     choice = choose_formats(target, found.cells, _float_outputs(graph, target, found), demands)
+    choice, reasons = with_room(target, found.cells, choice)
     points = tuple(PointBuilder(graph, target, found, choice).points())
     _check_met(points, demands)
-    operators = tuple(_with_kernel(found.placements[name], choice) for name in names)
+    operators = tuple(_with_kernel(found.placements[name], choice, reasons.get(name, "")) for name in names)
     return Placement(operators, points)
 
 
@@ -129,6 +131,8 @@ def _float_outputs(graph: Graph, target: TargetSpec, found: Cells) -> frozenset[
     return frozenset(found.tensor_of[name] for name in graph.output_values if found.tensor_of[name] not in read)
 
 
-def _with_kernel(placement: OperatorPlacement, choice: Choice) -> OperatorPlacement:
+def _with_kernel(placement: OperatorPlacement, choice: Choice, reason: str) -> OperatorPlacement:
     kernels = choice.kernels.get(placement.name, ())
-    return placement.model_copy(update={"kernel": kernels[0], "legal": kernels}) if kernels else placement
+    if not kernels:
+        return placement
+    return placement.model_copy(update={"kernel": kernels[0], "legal": kernels, "reason": reason})
