@@ -5,9 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from qhw import __version__
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.result import QuantizedModel
 from qhw.engine.select import target_fingerprint
+from qhw.engine.unfinished import set_aside, unfinished_folder
 from qhw.errors import PlanError, QhwError, ResultError, TargetError
 from qhw.graph import graph_from_json, graph_to_json
 from qhw.graph.verify import verify_finite
@@ -155,47 +155,45 @@ def written_whole(folder: Path, check: Callable[[Path], None]) -> Iterator[Path]
     Raises:
         ResultError: the place cannot be written.
     """
-    try:
-        check(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        inside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    except OSError as error:
-        raise ResultError(
-            f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another --out."
-        ) from error
-    try:
-        yield inside
-        _move(inside, folder)
-    except OSError as error:
-        raise ResultError(
-            f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
-        ) from error
-    finally:
-        shutil.rmtree(inside, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            check(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            inside = stack.enter_context(unfinished_folder(folder.parent, folder.name))
+        except OSError as error:
+            raise ResultError(
+                f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another --out."
+            ) from error
+        try:
+            yield inside
+            _move(inside, folder)
+        except OSError as error:
+            raise ResultError(
+                f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
+            ) from error
 
 
 @contextmanager
 def written_files(folder: Path) -> Iterator[Path]:
     """A temporary folder inside the wanted one; when the block ends well, its files replace those of the same name."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
-    except OSError as error:
-        raise ResultError(
-            f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another folder."
-        ) from error
-    try:
-        yield inside
-        for file in sorted(path for path in inside.rglob("*") if path.is_file()):
-            place = folder / file.relative_to(inside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-    except OSError as error:
-        raise ResultError(
-            f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
-        ) from error
-    finally:
-        shutil.rmtree(inside, ignore_errors=True)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            inside = stack.enter_context(unfinished_folder(folder, "files"))
+        except OSError as error:
+            raise ResultError(
+                f"{folder}: cannot be written: {why_not_written(folder, error)}. Choose another folder."
+            ) from error
+        try:
+            yield inside
+            for file in sorted(path for path in inside.rglob("*") if path.is_file()):
+                place = folder / file.relative_to(inside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        except OSError as error:
+            raise ResultError(
+                f"{folder}: cannot be written: {why_not_written(folder, error)}. Nothing was kept."
+            ) from error
 
 
 def _check_place(folder: Path) -> None:
@@ -226,15 +224,14 @@ def _move(inside: Path, folder: Path) -> None:
     """Swap the finished folder in; what stood there is removed only once the new one is in place."""
     inside.chmod(0o755)
     if folder.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-        folder.replace(old / "was")
+        old = set_aside(inside)
+        folder.replace(old)
         try:
             inside.replace(folder)
-        except OSError:
-            (old / "was").replace(folder)
+        except BaseException:
+            old.replace(folder)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         inside.replace(folder)
 
