@@ -191,6 +191,7 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
             "quantized_bytes": after,
             "accelerator_macs": made.accelerator_macs,
             "total_macs": made.total_macs,
+            "calibration_remarks": list(result.provenance.get("calibration_remarks", ())),
         }
         print_json(facts)
         return

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qhw.engine.look import Look, remarks_on
 from qhw.errors import CalibrationError, QhwError
 from qhw.graph import Graph
 
@@ -64,6 +65,12 @@ class Calibration:
         self._digest: str | None = None
         self._is_label_said = False
         self._first: dict[str, Tensor] = {}
+        self._remarks: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What makes the samples unfit to calibrate with, one line each: too few, or constant. Empty before a pass."""
+        return self._remarks
 
     @property
     def first_samples(self) -> dict[str, Tensor]:
@@ -92,6 +99,7 @@ class Calibration:
             CalibrationError: no sample at all, or one that does not fit; names the input and what it must be.
         """
         digest = hashlib.sha256() if self._digest is None else None
+        looks = {name: Look() for name, dtype in self._graph.input_dtypes.items() if "float" in dtype}
         count = 0
         for batch in self._micro_batches():
             if not count and not self._first:
@@ -99,7 +107,9 @@ class Calibration:
                 self._first = {name: t[:FIRST_SAMPLES].contiguous().clone() for name, t in firsts}
             count += batch[0].shape[0]
             if digest is not None:
-                for tensor in batch:
+                for name, tensor in zip(self._inputs, batch, strict=True):
+                    if name in looks:
+                        looks[name].add(tensor)
                     known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
                     digest.update(known.contiguous().numpy().data)
             yield batch
@@ -108,6 +118,7 @@ class Calibration:
         self._num_samples = count
         if digest is not None:
             self._digest = digest.hexdigest()
+            self._remarks = tuple(remarks_on(self._name, count, looks))
 
     @property
     def has_labels(self) -> bool:

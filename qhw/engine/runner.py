@@ -80,6 +80,8 @@ def run(
             progress.stop()
     _check_folded(work)
     samples = calibration.first_samples if calibration is not None else {}
+    for remark in calibration.remarks if calibration is not None else ():
+        _log.warning("warning: %s", remark)
     result = finished(work, reports, _provenance(calibration, seed), samples)
     registry.quantized(result, plan, reports)
     return result
@@ -189,4 +191,6 @@ def _provenance(calibration: Calibration | None, seed: int) -> Mapping[str, Any]
     if calibration is not None and calibration.digest is not None:
         facts["calibration_sha256"] = calibration.digest
         facts["calibration_samples"] = calibration.num_samples
+        if calibration.remarks:
+            facts["calibration_remarks"] = list(calibration.remarks)
     return facts
