@@ -4,8 +4,8 @@
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
 from qhw.numerics.fake_quantizer import FakeQuantizer
-from qhw.numerics.folded_norm import FoldedBatchNorm
 from qhw.numerics.fma import fma_float32
+from qhw.numerics.folded_norm import FoldedBatchNorm
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
 from qhw.numerics.learned import learned_fake_quantize
