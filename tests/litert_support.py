@@ -17,35 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from numpy.typing import ArrayLike, NDArray
 
+from tests.litert_writer import Encoding, Writer
+
 Padding = Literal["SAME", "VALID"]
 Activation = Literal["NONE", "RELU", "RELU6", "RELU_N1_TO_1"]
 Int8 = NDArray[np.int8]
-
-# The first version of each operator that has int8 tensors, per channel where there are weights.
-_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "TRANSPOSE_CONV": 3}
-_INT8_VERSION = 2
-_KINDS = {np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32"}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Where codes lie: real = scale * (code - zero_point).
-
-    Attributes:
-        scale: One number, or one per index of `axis`; float32.
-        zero_point: Code of 0.0; 0 where there are several scales.
-        axis: The axis that has a scale per index.
-    """
-
-    scale: ArrayLike
-    zero_point: int = 0
-    axis: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,44 +230,15 @@ def build_operator(
     order: Sequence[int] | None = None,
 ) -> bytes:
     """The TFLite file of `run_operator`: a graph of one operator."""
-    graph, buffers = schema.SubGraphT(), [schema.BufferT()]  # buffer 0 is empty: tensors that are computed
-    graph.tensors = [_tensor(x.array.shape, "INT8", x.encoding, 0) for x in inputs]
-    for constant in constants:
-        array = constant.array if isinstance(constant, Codes) else constant
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(array.tobytes(), np.uint8)
-        encoding = constant.encoding if isinstance(constant, Codes) else None
-        graph.tensors.append(_tensor(array.shape, _KINDS[array.dtype], encoding, len(buffers)))
-        buffers.append(buffer)
-    result = len(graph.tensors)
-    graph.tensors.append(_tensor((), "INT8", output, 0))  # the kernel sets the shape
-    operator = schema.OperatorT()
-    operator.inputs, operator.outputs = list(order or range(result)), [result]
-    if options is not None:
-        operator.builtinOptions = options
-        operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__[:-1])
-    graph.inputs, graph.outputs, graph.operators = list(range(len(inputs))), [result], [operator]
-    code = schema.OperatorCodeT()
-    code.builtinCode = getattr(schema.BuiltinOperator, name)
-    code.deprecatedBuiltinCode = min(code.builtinCode, 127)
-    code.version = _VERSIONS.get(name, _INT8_VERSION)
-    model = schema.ModelT()
-    model.version, model.operatorCodes, model.subgraphs, model.buffers = 3, [code], [graph], buffers
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-def _tensor(shape: Sequence[int], kind: str, encoding: Encoding | None, buffer: int) -> Any:
-    tensor = schema.TensorT()
-    tensor.shape, tensor.type, tensor.buffer = list(shape), getattr(schema.TensorType, kind), buffer
-    if encoding is not None:
-        scale = np.atleast_1d(np.asarray(encoding.scale, np.float32))
-        tensor.quantization = schema.QuantizationParametersT()
-        tensor.quantization.scale = scale
-        tensor.quantization.zeroPoint = np.full(scale.shape, encoding.zero_point, np.int64)
-        tensor.quantization.quantizedDimension = encoding.axis if len(scale) > 1 else 0
-    return tensor
+    writer = Writer()
+    given = [writer.given(x.array.shape, x.encoding) for x in inputs]
+    stored = [
+        writer.constant(one.array, one.encoding) if isinstance(one, Codes) else writer.constant(one)
+        for one in constants
+    ]
+    operands = [*given, *stored]
+    result = writer.add(name, options, [operands[i] for i in order or range(len(operands))], output)
+    return writer.finish(given, [result])
 
 
 def _bias(bias: ArrayLike, x: Codes, weight: Codes) -> Codes:

@@ -39,14 +39,13 @@ def test_no_code_of_a_whole_network_differs(name):
     codes = IntegerModel(result).codes(test)
     (given,) = result.input_names
     theirs = run_network(build_network(result, IMAGES), codes[given].numpy())
-    compared = {key: (codes[key].flatten(1), torch.from_numpy(y.copy()).flatten(1)) for key, y in theirs.items()}
+    compared = {key: (codes[key], torch.from_numpy(theirs[key])) for key in codes if key != given}
     differing = {key: int((mine != other).sum()) for key, (mine, other) in compared.items()}
     total = sum(mine.numel() for mine, _ in compared.values())
     print(f"{name}: {sum(differing.values())} of {total} codes in {len(compared)} tensors differ")
     assert {key: count for key, count in differing.items() if count} == {}
-    assert set(codes) - set(theirs) == {given}
     for clause in MUTANTS:
         text = f'schema_version = 1\nname = "acme/mutant"\nextends = "google/litert-int8"\n{clause}'
         mutant = parse_target(text, find_base=default_registry().target_path)
         other = IntegerModel(QuantizedModel(result.float_graph, result.plan, mutant, result.encodings())).codes(test)
-        assert any(bool((other[key].flatten(1) != y).any()) for key, (_, y) in compared.items()), clause
+        assert any(bool((other[key] != y).any()) for key, (_, y) in compared.items()), clause

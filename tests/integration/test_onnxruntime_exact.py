@@ -5,10 +5,8 @@ A case counts only if onnxruntime's optimized graph holds no float operator. A r
 arithmetic, computed operator by operator on the same operands, each give other codes on it.
 """
 
-import dataclasses
-import importlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +21,25 @@ pytest.importorskip("onnxruntime")
 
 import qhw
 from qhw.engine import QuantizedModel
+from qhw.graph import MOVEMENT_KINDS
 from qhw.integer import IntegerModel, Site, differences
+from qhw.integer.codes import Codes
 from qhw.integer.model import Executed
 from qhw.numerics import QParams, round_real
 from qhw.schema import Requantize
 from qhw_plugins.onnxruntime_executor import OnnxRuntime
 from tests import onnxruntime_support as support
-
-FORMS = importlib.import_module("qhw.integer.lower")._FORMS
-
-Patch = tuple[str, Any]
-"""What is replaced, below qhw.integer, and by what: a function of the original."""
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What cases gave; sums of cases are outcomes.
-
-    Attributes:
-        cases: Run and compared.
-        codes: Compared, by operator kind.
-        differing: Of them.
-        islands: Cases that do not count, by the float operators that onnxruntime ran.
-        mutants: Codes that each mutant changes, by mutant and operator kind.
-    """
-
-    cases: int = 0
-    codes: Counter[str] = dataclasses.field(default_factory=Counter)
-    differing: Counter[str] = dataclasses.field(default_factory=Counter)
-    islands: Counter[tuple[str, ...]] = dataclasses.field(default_factory=Counter)
-    mutants: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        lines = [f"{self.cases} cases, {self.codes.total():,} codes, {self.differing.total()} differ"]
-        lines += [f"  {kind}: {n:,} codes, {self.differing[kind]} differ" for kind, n in sorted(self.codes.items())]
-        lines += [f"not counted: {n} cases with {', '.join(found)} in float" for found, n in self.islands.items()]
-        lines += [f"mutant {mutant}, {kind}: {n:,}" for (mutant, kind), n in sorted(self.mutants.items()) if n]
-        return "\n".join(lines)
+from tests.random_grids import SCALES, input_of, rescaled
+from tests.random_outcome import Mutant, Outcome, Rule, always, opposite
 
 
 def add_case(
-    outcome: Outcome, result: QuantizedModel, inputs: tuple[Tensor, ...], folder: Path, mutants: Iterable[str] = ()
+    outcome: Outcome,
+    result: QuantizedModel,
+    inputs: tuple[Tensor, ...],
+    folder: Path,
+    mutants: Mapping[str, Mutant] | None = None,
+    steps: Iterable[str] = (),
 ) -> None:
     """Run one model in integers and in onnxruntime, and the mutants on the operands of the integer run."""
     path = support.exported(result, folder)
@@ -72,23 +48,18 @@ def add_case(
         outcome.islands[islands] += 1
         return
     model = IntegerModel(result)  # what cannot be executed exactly is refused: the graphs hold none of it
-    mine: dict[str, Tensor] = {}
     run: list[Executed] = []
-    reals = model(*inputs, watch=lambda name, codes: mine.setdefault(name, codes.integers()), trace=run.append)
+    reals = model(*inputs, trace=run.append)
+    mine = {one.site.members[-1].name: one.result.integers() for one in run if isinstance(one.result, Codes)}
     feed = {name: x.numpy() for name, x in zip(result.input_names, inputs, strict=True)}
     theirs = as_tensors(OnnxRuntime().load_codes(path)(feed))
-    assert mine.keys() <= theirs.keys()
     kinds = {site.members[-1].name: site.operator.kind for site in model.sites.values()}
-    outcome.cases += 1
-    for one in differences(mine, theirs):
-        kind = kinds.get(one.tensor, "input")
-        outcome.codes[kind] += one.codes
-        outcome.differing[kind] += one.differing
+    assert {name for name, kind in kinds.items() if kind not in MOVEMENT_KINDS} <= theirs.keys()
+    outcome.add(differences(mine, theirs), kinds, steps)
     # What ships shows no codes; it may be optimized otherwise, and must give the same.
     for found, expected in zip(tree_leaves(reals), OnnxRuntime().load(path)(feed), strict=True):
         outcome.differing["output"] += int((found != torch.from_numpy(expected)).sum())
-    for mutant in mutants:
-        add_mutant(outcome, mutant, run)
+    outcome.add_mutants(mutants or {}, run)
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -96,36 +67,7 @@ def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(codes) for name, codes in arrays.items()}
 
 
-def add_mutant(outcome: Outcome, mutant: str, run: list[Executed]) -> None:
-    """Count the codes that a mutant changes, each operator given the true codes of its operands."""
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for place, change in MUTANTS[mutant]:
-            module, _, name = place.rpartition(".")
-            owner: Any = Site if module == "Site" else importlib.import_module(f"qhw.integer.{module}")
-            patch.setattr(owner, name, change(getattr(owner, name)))
-        for one in run:
-            kind = one.site.operator.kind
-            if kind in KILLED[mutant]:
-                codes = FORMS[kind](one.site).run([operand.values for operand in one.operands])
-                assert not isinstance(one.result, Tensor)
-                outcome.mutants[mutant, kind] += int((codes != one.result.values).sum())
-
-
 # The mutants.
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A requantization of our own."""
-
-    run: Callable[[Tensor], Tensor]
-
-    def __call__(self, acc: Tensor) -> Tensor:
-        return self.run(acc)
-
-    def codes(self, acc: Tensor, limits: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Clamped, as carried."""
-        return self.run(acc).clamp(*limits).to(dtype)
 
 
 def _ratio_in_float64(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,18 +103,6 @@ def _half_away(original: Callable[..., Any]) -> Callable[..., Any]:
     return rescaler
 
 
-def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
-    return lambda original: lambda *arguments: value
-
-
-def _not(original: Any) -> Any:
-    if isinstance(original, property):
-        assert original.fget is not None
-        read = original.fget
-        return property(lambda self: not read(self))
-    return lambda *arguments: not original(*arguments)
-
-
 def _codes_averaged(original: Any) -> Any:
     from qhw.integer.pooling import lower_average
 
@@ -198,51 +128,51 @@ def _by_ratio(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 RESCALERS = ("products.rescaler", "elementwise.rescaler", "pooling.rescaler")
-MUTANTS: Mapping[str, tuple[Patch, ...]] = {
-    "ratio in float64": tuple((place, _ratio_in_float64) for place in RESCALERS),
-    "scales one by one": tuple((place, _scales_one_by_one) for place in RESCALERS[:2]),
-    "half away from zero": (
-        *((place, _half_away) for place in RESCALERS),
-        ("elementwise.rounding_of", _always("half_away_from_zero")),
-        ("real_average.rounding_of", _always("half_away_from_zero")),
+MUTANTS: Mapping[str, Mutant] = {
+    "ratio in float64": Mutant(
+        ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "GlobalAveragePool"),
+        tuple((place, _ratio_in_float64) for place in RESCALERS),
     ),
-    "zero point on the other side of rounding": (("Site.adds_zero_point_first", _not),),
-    "sums not fused": (("elementwise.fma_float32", lambda original: lambda a, b, c: a * b + c),),
-    "summands in the other order": (("elementwise._is_first_broadcast", _not),),
-    "codes averaged, not reals": (("real_average._of_reals", _codes_averaged),),
-    "operands of a Concat by a ratio": (("movement.regridded", _by_ratio),),
-    "a window over the whole image as any other": (("real_average._is_whole", _always(False)),),
+    "scales one by one": Mutant(
+        ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul"),
+        tuple((place, _scales_one_by_one) for place in RESCALERS[:2]),
+    ),
+    "half away from zero": Mutant(
+        ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "Add", "AveragePool", "GlobalAveragePool"),
+        (
+            *((place, _half_away) for place in RESCALERS),
+            ("elementwise.rounding_of", always("half_away_from_zero")),
+            ("real_average.rounding_of", always("half_away_from_zero")),
+        ),
+    ),
+    "zero point on the other side of rounding": Mutant(
+        ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "Add", "GlobalAveragePool"),
+        (("Site.adds_zero_point_first", opposite),),
+    ),
+    "sums not fused": Mutant(("Add",), (("elementwise.fma_float32", lambda original: lambda a, b, c: a * b + c),)),
+    "summands in the other order": Mutant(("Add",), (("elementwise._is_first_broadcast", opposite),)),
+    "codes averaged, not reals": Mutant(("AveragePool",), (("real_average._of_reals", _codes_averaged),)),
+    "operands of a Concat by a ratio": Mutant(("Concat",), (("movement.regridded", _by_ratio),)),
+    "a window over the whole image as any other": Mutant(
+        ("AveragePool",), (("real_average._is_whole", always(False)),)
+    ),
 }
-# Kinds whose codes each mutant must change.
-KILLED = {
-    "ratio in float64": ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "GlobalAveragePool"),
-    "scales one by one": ("Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul"),
-    "half away from zero": (
-        "Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "Add", "AveragePool", "GlobalAveragePool",
-    ),
-    "zero point on the other side of rounding": (
-        "Conv", "DepthwiseConv", "Gemm", "MatMul", "Mul", "Add", "GlobalAveragePool",
-    ),
-    "sums not fused": ("Add",),
-    "summands in the other order": ("Add",),
-    "codes averaged, not reals": ("AveragePool",),
-    "operands of a Concat by a ratio": ("Concat",),
-    "a window over the whole image as any other": ("AveragePool",),
-}  # fmt: skip
+PAIRS = {
+    name: replace(mutant, kinds=kinds)
+    for name, mutant in MUTANTS.items()
+    if (kinds := tuple({"Add", "Mul"} & set(mutant.kinds)))
+}
+
+# What each run draws at least once: a run says nothing of what it does not hold.
+STEPS = (
+    "conv", "depthwise", "grouped", "linear", "matmul", "add", "mul", "concat", "average_pool", "max_pool",
+    "max_pool_dilated", "max_pool_ceil", "global_average_pool", "maximum", "minimum", "sigmoid", "leaky_relu",
+    "flatten", "reshape", "unsqueeze", "squeeze", "transpose", "slice", "strided_slice", "select", "split", "chunk",
+    "expand", "tile", "pixel_shuffle", "relu", "relu6", "clip", "odd_clip", "low_clip", "high_clip",
+)  # fmt: skip
 
 
 QUICK = (*range(20, 60), 83)
-PAIRS = {mutant: kinds for mutant, all_kinds in KILLED.items() if (kinds := tuple({"Add", "Mul"} & set(all_kinds)))}
-
-
-def check(outcome: Outcome, killed: Iterable[tuple[str, tuple[str, ...]]]) -> None:
-    """Nothing differs, and every mutant does on some of the kinds beside it."""
-    print(outcome)
-    assert outcome.differing.total() == 0, str(outcome)
-    assert outcome.islands.total() < 0.05 * outcome.cases, str(outcome)
-    for mutant, kinds in killed:
-        found = sum(outcome.mutants[mutant, kind] for kind in kinds)
-        assert found > 0, f"these codes do not tell '{mutant}' apart in {', '.join(kinds)}\n{outcome}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -256,17 +186,20 @@ def run_graphs(seeds: Iterable[int], folder: Path) -> Outcome:
     """Every seed's graph on scales of every kind."""
     outcome = Outcome()
     for seed in seeds:
-        result, x = support.calibrated(seed)
-        for kind in support.SCALES:
-            other = support.rescaled(result, kind, seed)
-            wanted = () if kind == "random" else MUTANTS  # random scales tell nothing apart
-            add_case(outcome, other, (support.input_of(other, x, seed),), folder, wanted)
+        drawn = support.calibrated(seed)
+        if drawn.hosted:
+            outcome.islands[drawn.hosted] += 1
+            continue
+        for kind in SCALES:
+            other = rescaled(drawn.result, kind, seed)
+            mutants = None if kind == "random" else MUTANTS  # random scales tell nothing apart
+            add_case(outcome, other, (input_of(other, drawn.example, seed),), folder, mutants, drawn.steps)
     return outcome
 
 
 def test_random_graphs_give_the_codes_of_onnxruntime_and_mutants_do_not(tmp_path: Path) -> None:
     outcome = run_graphs(QUICK, tmp_path)
-    check(outcome, [row for row in KILLED.items() if row[1] != ("Add",)])
+    outcome.check([(name, mutant.kinds) for name, mutant in MUTANTS.items() if mutant.kinds != ("Add",)])
 
 
 @pytest.mark.parametrize("formats", [{}, {"*": "s8"}], ids=["u8", "s8"])
@@ -279,9 +212,9 @@ def test_sums_and_products_of_every_pair_of_codes_are_those_of_onnxruntime(
         result = support.pairs(operator, formats, broadcast)
         for seed in range(8):
             kind = ("decimal", "random", "decimal", "power_of_two")[seed % 4]
-            other = support.rescaled(result, kind, seed, spread=4.0)
+            other = rescaled(result, kind, seed, spread=4.0)
             add_case(outcome, other, support.every_pair(other, broadcast), tmp_path, PAIRS)
-    check(outcome, [(mutant, (kind,)) for mutant, kinds in PAIRS.items() for kind in kinds])
+    outcome.check([(name, (kind,)) for name, mutant in PAIRS.items() for kind in mutant.kinds])
 
 
 class Mixed(torch.nn.Module):
@@ -309,8 +242,8 @@ def test_an_operand_in_another_format_is_dequantized_and_quantized_again(tmp_pat
     result = qhw.quantize(graph, plan, calibration=x)
     by_ratio = 0
     for seed in range(6):
-        other = support.rescaled(result, "decimal", seed, spread=3.0)
-        given = support.input_of(other, x, seed)
+        other = rescaled(result, "decimal", seed, spread=3.0)
+        given = input_of(other, x, seed)
         theirs = OnnxRuntime().load_codes(support.exported(other, tmp_path))({"x": given.numpy()})
         mine = IntegerModel(other).codes(given)
         assert [one for one in differences(mine, as_tensors(theirs)) if one.differing] == []
@@ -325,16 +258,17 @@ def test_an_operand_in_another_format_is_dequantized_and_quantized_again(tmp_pat
 def test_a_thousand_random_graphs_give_the_codes_of_onnxruntime_and_mutants_do_not(tmp_path: Path) -> None:
     outcome = run_graphs(range(1000), tmp_path)
     assert outcome.cases >= 2900, str(outcome)
-    check(outcome, [(mutant, (kind,)) for mutant, kinds in KILLED.items() for kind in kinds])
+    outcome.check([(name, (kind,)) for name, mutant in MUTANTS.items() for kind in mutant.kinds])
+    assert set(STEPS) == set(outcome.steps), set(STEPS) ^ set(outcome.steps)
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(2000, 2**31), kind=st.sampled_from(support.SCALES))
+@given(seed=st.integers(2000, 2**31), kind=st.sampled_from(SCALES))
 def test_any_random_graph_gives_the_codes_of_onnxruntime(
     tmp_path_factory: pytest.TempPathFactory, seed: int, kind: str
 ) -> None:
-    result, x = support.calibrated(seed)
-    other = support.rescaled(result, kind, seed)
+    drawn = support.calibrated(seed)
+    other = rescaled(drawn.result, kind, seed)
     outcome = Outcome()
-    add_case(outcome, other, (support.input_of(other, x, seed),), tmp_path_factory.mktemp("graph"))
+    add_case(outcome, other, (input_of(other, drawn.example, seed),), tmp_path_factory.mktemp("graph"))
     assert outcome.differing.total() == 0, str(outcome)
