@@ -95,7 +95,7 @@ class MatrixForm:
             rows = x.reshape(-1, x.shape[-1])
             index = _positions(len(x), len(rows) // max(len(x), 1), per_sample, generator)
             return rows[index].unsqueeze(0), index
-        windows = self._windows(x)  # [samples, *out, channels, *kernel], a view
+        windows = self.windows(x)  # [samples, *out, channels, *kernel], a view
         out = windows.shape[1 : 1 + self._rank]
         index = _positions(len(x), prod(out), per_sample, generator)
         picked = windows[tuple(torch.unravel_index(index, (len(x), *out)))]  # [rows, channels, *kernel]
@@ -127,7 +127,7 @@ class MatrixForm:
     def _rank(self) -> int:
         return len(self.weight_shape) - 2
 
-    def _windows(self, x: Tensor) -> Tensor:
+    def windows(self, x: Tensor) -> Tensor:
         """Every window of the padded input as a view: [samples, *out, channels, *kernel]."""
         facts: Any = self.operator.attributes
         kernel, stride, dilation = facts["kernel"], list(facts["stride"]), facts["dilation"]

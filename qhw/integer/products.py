@@ -4,32 +4,27 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qhw.engine import MatrixForm
 from qhw.errors import IntegerError
-from qhw.integer.accumulate import Bounds, overflow_of
+from qhw.integer.accumulate import Bounds, summation_of
 from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
+from qhw.integer.bias import accumulated_bias, behind_multiplier, is_behind_multiplier
+from qhw.integer.bounds import product_bounds, saturating_bounds
 from qhw.integer.codes import carrier, reach
 from qhw.integer.exact import exact_dtype
-from qhw.integer.site import Site, unknown
-from qhw.numerics import PerGroup, PerTensor, QParams, accumulator_bounds, expand
+from qhw.integer.pairwise import matmul_pair_bounds, pair_bounds
+from qhw.integer.saturating import matmul_on_the_way, sum_on_the_way
+from qhw.integer.site import Site
+from qhw.integer.weights import centred_weight, output_shape, product_of, unit_of, weight_rows
+from qhw.numerics import PerGroup, QParams
 
-__all__ = [
-    "PRODUCT_KINDS",
-    "Fact",
-    "Lowered",
-    "Run",
-    "centred_weight",
-    "lower_matmul",
-    "lower_product",
-    "product_bounds",
-    "product_of",
-]
+__all__ = ["PRODUCT_KINDS", "Fact", "Lowered", "Run", "lower_matmul", "lower_product", "product_bounds"]
 
 _PIECE = 2**18  # elements of the operand or the result, whichever has more
 PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
@@ -55,57 +50,53 @@ class Lowered:
     moves: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
-def _weight_rows(site: Site) -> Tensor:
-    """Weight codes minus zero point, int64 [out_channels, inputs of an output]."""
-    weight = centred_weight(site)
-    return MatrixForm(site.operator, tuple(weight.shape)).weight_rows(weight).flatten(0, 1)
-
-
-def product_bounds(site: Site) -> Bounds:
-    """What the accumulators of an operator with weights can reach, per output channel, exact for what is stored.
-
-    A transposed convolution spreads its taps over neighbouring outputs: there the bound is safe, not tight.
-    """
-    x = site.inputs[0]
-    lowest, highest = accumulator_bounds(
-        _weight_rows(site),
-        input_quant_min=x.quant_min,
-        input_quant_max=x.quant_max,
-        input_zero_point=int(x.zero_point),
-        bias_q=None if site.bias is None else site.bias.codes,
-    )
-    return Bounds(lowest, highest)
-
-
 def lower_product(site: Site) -> Lowered:
     """A Conv, DepthwiseConv, ConvTranspose or Gemm.
 
     Raises:
         IntegerError: the target leaves open what decides, or the sum may overflow.
     """
+    _refuse_groups(site)
     x = site.inputs[0]
     bounds = product_bounds(site)
-    overflow = overflow_of(site, bounds)
-    _check_bias(site)
-    dtype = exact_dtype(bounds.largest)
-    weight = centred_weight(site).to(dtype)
-    shape = _output_shape(site)
-    bias = _with_zero_point(site, dtype)
-    is_folded = bias is not None
-    if bias is None and site.bias is not None:
-        bias = site.bias.codes.to(dtype)
-    product = _biased_product(site, bias, shape)
-    zero_point = x.zero_point.to(dtype)
+    summation = summation_of(site, saturating_bounds(site, bounds), partial(pair_bounds, site))
+    bias, shape = accumulated_bias(site), output_shape(site)
+    if summation.is_exact:
+        accumulate = _exact_sum(site, bounds, summation.finish, bias)
+    else:
+        on_the_way = sum_on_the_way(site, summation, bounds, bias)
+        zero_point = int(x.zero_point)
 
-    def accumulate(values: Sequence[Tensor]) -> Tensor:
-        codes = values[0].to(dtype)
-        return overflow(product(codes if is_folded else codes - zero_point, weight))
+        def accumulate(values: Sequence[Tensor]) -> Tensor:
+            return on_the_way(values[0].long() - zero_point)
 
-    found = _finished(site, accumulate, _unit(site, shape))
+    found = _finished(site, accumulate, unit_of(site, shape), bounds.largest)
     return found if site.output is None else replace(found, run=_sample_by_sample(site, found.run))
 
 
-def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor]) -> Lowered:
+def _exact_sum(site: Site, bounds: Bounds, finish: Callable[[Tensor], Tensor], bias: Tensor | None) -> Run:
+    """Sums that are the same in any order."""
+    dtype, shape = exact_dtype(bounds.largest), output_shape(site)
+    weight, zero_point = centred_weight(site).to(dtype), site.inputs[0].zero_point.to(dtype)
+    folded = _with_zero_point(site, bias, dtype)
+    product = _biased_product(site, folded if folded is not None or bias is None else bias.to(dtype), shape)
+
+    def accumulate(values: Sequence[Tensor]) -> Tensor:
+        codes = values[0].to(dtype)
+        return finish(product(codes if folded is not None else codes - zero_point, weight))
+
+    return accumulate
+
+
+def _refuse_groups(site: Site) -> None:
+    if isinstance(site.constant.qparams.granularity, PerGroup):
+        raise IntegerError(
+            "weights with a scale per group of inputs cannot be executed exactly: no field of a target says how the "
+            "sums of groups become one (it would belong to accumulators.*)"
+        )
+
+
+def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor], largest: int) -> Lowered:
     """Sums of products as codes of the result, or as reals where it leaves the accelerator in float."""
     if site.output is None:
         return _in_reals(site, accumulate, unit(torch.float32))
@@ -117,6 +108,9 @@ def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor]
     rescale = rescaler(site, ratio, int(out.zero_point))
     limits, kept = code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
+    if is_behind_multiplier(site):
+        codes = behind_multiplier(site, rescale, largest, output_shape(site))
+        return Lowered(lambda values: codes(accumulate(values), limits, kept), accumulate, facts)
     return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
 
 
@@ -144,17 +138,25 @@ def lower_matmul(site: Site) -> Lowered:
     a, b = _two(site)
     count = int(site.operator.attributes["reduced_elements"])
     largest = reach(a) * reach(b) * count
-    overflow = overflow_of(site, Bounds(torch.tensor([-largest]), torch.tensor([largest])))
-    dtype = exact_dtype(largest)
+    bounds = Bounds(torch.tensor([-largest]), torch.tensor([largest]))
+    summation = summation_of(site, bounds, partial(matmul_pair_bounds, site))
+    dtype = exact_dtype(largest) if summation.is_exact else torch.int64
     zeros = a.zero_point.to(dtype), b.zero_point.to(dtype)
+    product = torch.matmul if summation.is_exact else matmul_on_the_way(site, summation, bounds)
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
-        return overflow(torch.matmul(values[0].to(dtype) - zeros[0], values[1].to(dtype) - zeros[1]))
+        if values[0].shape[-1] != count:  # the axis that is summed over is the batch
+            raise IntegerError(
+                f"{site.name}: sums {values[0].shape[-1]} products of a batch; captured with {count}. Run batches of "
+                "that size."
+            )
+        total = product(values[0].to(dtype) - zeros[0], values[1].to(dtype) - zeros[1])
+        return summation.finish(total) if summation.is_exact else total
 
     def unit(kind: torch.dtype) -> Tensor:
         return a.scale.to(kind) * b.scale.to(kind)
 
-    return _finished(site, accumulate, unit)
+    return _finished(site, accumulate, unit, largest)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:
@@ -163,65 +165,10 @@ def _two(site: Site) -> tuple[QParams, QParams]:
     raise IntegerError("a product with a constant tensor cannot be executed exactly yet")
 
 
-def centred_weight(site: Site) -> Tensor:
-    """int64, like the weight."""
-    codes, qparams = site.constant.codes.long(), site.constant.qparams
-    if isinstance(qparams.granularity, PerGroup):
-        raise IntegerError("weights with a scale per group of inputs cannot be executed exactly yet")
-    return codes - expand(qparams.zero_point.long(), qparams.granularity, tuple(codes.shape))
-
-
-def _output_shape(site: Site) -> list[int]:
-    """A shape in which [out_channels] broadcasts over the output."""
-    operator = site.operator
-    if operator.kind == "Gemm":
-        return [-1]
-    return [-1, *[1] * len(operator.attributes["kernel"])]
-
-
-def _unit(site: Site, shape: list[int]) -> Callable[[torch.dtype], Tensor]:
-    """What one unit of the accumulator stands for: input scale times weight scale."""
-    x, w = site.inputs[0], site.constant.qparams
-    scale = w.scale
-    if not isinstance(w.granularity, PerTensor):
-        # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
-        scale = scale.repeat(int(site.operator.attributes["out_channels"]) // len(scale)).reshape(shape)
-    return lambda kind: x.scale.to(kind) * scale.to(kind)
-
-
-def _check_bias(site: Site) -> None:
-    """The bias is in units of the accumulator, and none is left out."""
-    if site.bias is None:
-        if site.operator.bias is not None:
-            raise _bias_left_out(site)
-        return
-    rule = site.kernel.bias if site.kernel is not None else None
-    applied = site.target.biases[str(rule)].applied
-    if applied == "unknown":
-        raise unknown(f"biases.{rule}.applied", applied)
-    if applied == "after_multiplier":
-        raise IntegerError(f'biases.{rule}.applied = "{applied}" cannot be executed exactly yet')
-    unit = _unit(site, [-1])(torch.float32)
-    scale = site.bias.qparams.scale
-    if bool((site.bias.qparams.zero_point != 0).any()) or not torch.equal(scale.expand(unit.shape), unit):
-        raise IntegerError("a bias on another scale than input*weight cannot be executed exactly yet")
-
-
-def _bias_left_out(site: Site) -> IntegerError:
-    """Why an operator's bias is not quantized."""
-    rule = site.kernel.bias if site.kernel is not None else None
-    if rule is None or rule == "unknown":
-        return unknown(f"kernels.{site.kernel_name}.bias", rule)
-    if rule == "none":
-        return IntegerError(f'kernels.{site.kernel_name}.bias = "none", and the operator has a bias')
-    bits = site.target.biases[rule].bits
-    if bits == "float":
-        return IntegerError(f'biases.{rule}.bits = "float" cannot be executed exactly')
-    return unknown(f"biases.{rule}.bits", bits)
-
-
 def _in_reals(site: Site, accumulate: Run, unit: Tensor) -> Lowered:
     """A result that leaves the accelerator in float32, with the clips that are computed along."""
+    if is_behind_multiplier(site):
+        raise IntegerError("a bias behind the multiplier, and no multiplier: the result leaves in float")
     limits: list[tuple[float | None, float | None]] = []
     for member in site.members[1:]:
         if member.kind in ("Relu", "Clip"):
@@ -239,7 +186,7 @@ def _in_reals(site: Site, accumulate: Run, unit: Tensor) -> Lowered:
     return Lowered(run, accumulate, facts)
 
 
-def _with_zero_point(site: Site, dtype: torch.dtype) -> Tensor | None:
+def _with_zero_point(site: Site, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The bias that makes a product of codes one of centred codes, bias - zero point * sum(weight): [out_channels].
 
     None where it does not: zeros at the border are codes of 0.0 as they are, and a sum may leave what `dtype` holds.
@@ -248,12 +195,12 @@ def _with_zero_point(site: Site, dtype: torch.dtype) -> Tensor | None:
     padding = site.operator.attributes.get("padding", 0)
     if kind == "ConvTranspose" or isinstance(padding, str) or np.any(padding) or not dtype.is_floating_point:
         return None
-    rows = _weight_rows(site)
-    bias = -int(x.zero_point) * rows.sum(1)
-    if site.bias is not None:
-        bias = bias + site.bias.codes.long()
-    largest = rows.abs().sum(1) * max(-x.quant_min, x.quant_max) + bias.abs()
-    return bias.to(dtype) if exact_dtype(int(largest.max())) in (dtype, torch.float32) else None
+    rows = weight_rows(site)
+    folded = -int(x.zero_point) * rows.sum(1)
+    if bias is not None:
+        folded = folded + bias
+    largest = rows.abs().sum(1) * max(-x.quant_min, x.quant_max) + folded.abs()
+    return folded.to(dtype) if exact_dtype(int(largest.max())) in (dtype, torch.float32) else None
 
 
 def _biased_product(site: Site, bias: Tensor | None, shape: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -268,16 +215,3 @@ def _biased_product(site: Site, bias: Tensor | None, shape: list[int]) -> Callab
     target: Any = node.target
     rest, kwargs = list(node.args[3:]), dict(node.kwargs)
     return lambda x, w: target(x, w, bias, *rest, **kwargs)
-
-
-def product_of(site: Site) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operator's own function, of input and weight, without a bias."""
-    node, operator = site.node, site.operator
-    target: Any = node.target
-    if operator.kind == "Gemm":
-        if operator.weight_axis == 0:
-            return lambda x, w: torch.nn.functional.linear(x, w)
-        return torch.matmul
-    rest = list(node.args[3:])
-    kwargs = dict(node.kwargs)
-    return lambda x, w: target(x, w, None, *rest, **kwargs)

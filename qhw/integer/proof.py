@@ -10,30 +10,39 @@ from torch import Tensor
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds
-from qhw.integer.exact import exact_settings
-from qhw.integer.products import PRODUCT_KINDS, centred_weight, product_bounds, product_of
+from qhw.integer.bounds import product_bounds, saturating_bounds
+from qhw.integer.pairwise import stated_pair_bounds
+from qhw.integer.products import PRODUCT_KINDS
 from qhw.integer.site import Site, sites
+from qhw.integer.witness import Witness, pair_witness, sum_witness
+from qhw.schema import Accumulator, Pairwise
 
-__all__ = ["Proof", "Witness", "prove_accumulators"]
+__all__ = ["PairProof", "Proof", "Witness", "prove_accumulators"]
 
 
 @dataclass(frozen=True)
-class Witness:
-    """An input that drives one accumulator as far as any can.
+class PairProof:
+    """One operator's sums of two products, where these have a register of their own.
 
     Attributes:
-        channel: Output channel.
-        position: Of the accumulator in the output of one sample, the channel left out.
-        operand: Input codes, int32, one sample as the operator reads it.
-        value: The accumulator that it gives in the end, bias included: computed, not estimated.
-        peak: The largest magnitude on the way, with its sign: without a bias of the other sign, which may come last.
+        bounds: Lowest and highest sum of a pair per output channel; of any two products, and of whatever may be
+            multiplied, as far as the target does not say which.
+        bits: Width of the register; None where the target does not say.
+        overflow: What it says happens past that.
+        witness: An input that attains the largest magnitude; its peak is the sum of the pair. None where the target
+            does not say which products make a pair, and where none was asked for.
     """
 
-    channel: int
-    position: tuple[int, ...]
-    operand: Tensor
-    value: int
-    peak: int
+    bounds: Bounds
+    bits: int | None
+    overflow: str | None
+    witness: Witness | None
+
+    @property
+    def overflowing(self) -> Tensor:
+        """Which output channels have a pair that can leave the register: bool [out_channels]."""
+        needed = self.bounds.bits
+        return torch.zeros_like(needed, dtype=torch.bool) if self.bits is None else needed > self.bits
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,14 @@ class Proof:
     Attributes:
         operator: Its name.
         path: The target's entry, as `accumulators.sum`; None where the kernel names none.
-        bounds: Lowest and highest value per output channel, at any moment, in any order of summation.
+        bounds: Lowest and highest value per output channel, at any moment, in any order of summation; where the
+            accumulator saturates, with the bias in the place that the target says.
         bits_needed: Width that holds all of them, the sign included.
         bits: Width that the target has; None where it does not say.
         overflow: What it says happens past that.
         witness: An input that attains the largest magnitude; None where the bound is safe but not attained,
             and where none was asked for.
+        pairs: Of sums of two products; None where these have no register of their own.
     """
 
     operator: str
@@ -58,6 +69,7 @@ class Proof:
     bits: int | None
     overflow: str | None
     witness: Witness | None
+    pairs: PairProof | None = None
 
     @property
     def headroom(self) -> int | None:
@@ -66,8 +78,10 @@ class Proof:
 
     @property
     def overflowing_channels(self) -> int:
-        """Output channels whose accumulator can leave the width."""
-        return 0 if self.bits is None else int((self.bounds.bits > self.bits).sum())
+        """Output channels whose accumulator, or a pair of products before it, can leave its width."""
+        needed = self.bounds.bits
+        over = torch.zeros_like(needed, dtype=torch.bool) if self.bits is None else needed > self.bits
+        return int((over if self.pairs is None else over | self.pairs.overflowing).sum())
 
 
 def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Iterator[Proof]:
@@ -85,11 +99,14 @@ def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Ite
 
 
 def _proof(site: Site, wants_witness: bool) -> Proof:
-    bounds = product_bounds(site)
+    bounds = saturating_bounds(site, product_bounds(site))
+    path: str | None
+    spec: Accumulator | None
     try:
         path, spec = site.accumulator
     except IntegerError:
         path, spec = None, None
+    pairs = spec.pairwise if spec is not None and isinstance(spec.pairwise, Pairwise) else None
     return Proof(
         operator=site.name,
         path=path,
@@ -97,38 +114,16 @@ def _proof(site: Site, wants_witness: bool) -> Proof:
         bits_needed=int(bounds.bits.max()),
         bits=spec.bits if spec is not None and isinstance(spec.bits, int) else None,
         overflow=spec.overflow if spec is not None else None,
-        witness=_witness(site, bounds) if wants_witness else None,
+        witness=sum_witness(site, bounds) if wants_witness else None,
+        pairs=None if pairs is None else _pair_proof(site, pairs, wants_witness),
     )
 
 
-def _witness(site: Site, bounds: Bounds) -> Witness | None:
-    """The input that attains the widest channel's bound, run through the operator; None where none does.
-
-    The position is one whose taps meet the most weight, padding left out. The gradient of its accumulator by the input
-    is the weight that each input meets, padding and dilation included: each input goes to the end of its range that its
-    weight's sign asks for.
-    """
-    # Two's complement holds one number more below 0 than above: ~lowest = -lowest - 1 weighs both sides alike.
-    channel = int(torch.maximum(bounds.highest, ~bounds.lowest).argmax())
-    wants_highest = int(bounds.highest[channel]) >= ~int(bounds.lowest[channel])
-    bound = int(bounds.highest[channel] if wants_highest else bounds.lowest[channel])
-    shape = (1, *site.input_shape[1:])
-    axis = -1 if site.operator.kind == "Gemm" else 1
-    weight, product = centred_weight(site).double(), product_of(site)
-    with exact_settings(), torch.enable_grad():
-        x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        row = product(x, weight).select(axis, channel)
-        met = product(torch.ones_like(x), weight.abs()).select(axis, channel)[0]
-        position = tuple(int(i) for i in torch.unravel_index(met.argmax(), met.shape))
-        row[(0, *position)].backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None
-    q = site.inputs[0]
-    zero = int(q.zero_point)
-    ends = (q.quant_min, q.quant_max) if wants_highest else (q.quant_max, q.quant_min)
-    codes = torch.where(x.grad > 0, ends[1], torch.where(x.grad < 0, ends[0], zero))
-    with exact_settings():
-        value = int(product((codes - zero).double(), weight).select(axis, channel)[(0, *position)])
-    bias = 0 if site.bias is None else int(site.bias.codes[channel])
-    # A bias of the other sign takes something off in the end: the bound holds the sum before that.
-    peak = value + (max(bias, 0) if wants_highest else min(bias, 0))
-    return Witness(channel, position, codes.int(), value + bias, peak) if peak == bound else None
+def _pair_proof(site: Site, spec: Pairwise, wants_witness: bool) -> PairProof:
+    bounds = stated_pair_bounds(site)
+    return PairProof(
+        bounds=bounds,
+        bits=spec.bits if isinstance(spec.bits, int) else None,
+        overflow=spec.overflow,
+        witness=pair_witness(site, bounds) if wants_witness else None,
+    )

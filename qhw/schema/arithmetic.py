@@ -25,8 +25,13 @@ class Bias(Table):
     )
     zero_point: Int64 | Unknown | None = recorded("The code of 0.0.")
     per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of a bias scale of its own.")
-    applied: Literal["before_requantize", "after_multiplier"] | Unknown | None = recorded(
-        "Added to the accumulator, or after the multiplier of the requantization."
+    applied: Literal["before_requantize", "after_multiplier"] | Unknown | None = used(
+        "Added to the accumulator, or to the product with the multiplier of the requantization, before its shift; on "
+        "the scale input*weight it is multiplied, too. Absent: to the accumulator."
+    )
+    align: Literal["shift"] | Unknown | None = used(
+        "How a bias of its own scale meets what it is added to: shifted left, so that its scale is that of the sum "
+        "times a power of two."
     )
     max_channels: Count | Unknown | None = recorded("Most output channels an operator with a bias may have.")
     required: bool | Unknown | None = recorded("True: an operator without a bias gets one of zeros.")
@@ -43,8 +48,12 @@ class Bias(Table):
 class Pairwise(Table):
     """A narrower sum inside the accumulation, as of two products that are added before they are widened."""
 
-    bits: Width | Unknown | None = recorded("Width of the intermediate sum.")
-    overflow: Overflow | Unknown | None = recorded("What happens past its range.")
+    bits: Width | Unknown | None = used("Width of the intermediate sum.")
+    overflow: Overflow | Unknown | None = used("What happens past its range.")
+    operands: Literal["centred", "stored", "unsigned"] | Unknown | None = used(
+        "What is multiplied: codes minus zero points; codes as they are stored; input codes counted from the lowest of "
+        "their width, as unsigned ones, and weights as stored. What zero points add is taken off in the end, exactly."
+    )
 
 
 class Accumulator(Table):
@@ -57,10 +66,23 @@ class Accumulator(Table):
     )
     signed: bool | Unknown | None = recorded("True: two's complement; absent: signed.")
     overflow: Overflow | Unknown | None = used(
-        'What happens past the range; "exact": it cannot happen. A sum that saturates depends on the order, and is '
-        "executed only where it provably fits."
+        'What happens past the range; "exact": it cannot happen. A sum that saturates and may not fit depends on '
+        "`products_per_step`, `order` and `bias_added`."
     )
-    pairwise: Pairwise | Unknown | None = recorded("An intermediate sum that is narrower than the accumulator.")
+    products_per_step: Count | Literal["all"] | Unknown | None = used(
+        'Neighbouring products that are summed exactly before the accumulator saturates; "all": it saturates behind '
+        "the last one. The last step may be shorter."
+    )
+    order: Literal["channel_fastest", "kernel_fastest"] | Unknown | None = used(
+        "Which index of a sum of products runs fastest: all input channels of a kernel position before the next, or "
+        "all kernel positions of a channel; each from the first on, positions row by row."
+    )
+    bias_added: Literal["first", "last"] | Unknown | None = used(
+        "Whether the bias is in the accumulator before the first product, or is added behind the last one."
+    )
+    pairwise: Pairwise | Unknown | None = used(
+        "An intermediate sum, of two neighbouring products, that is narrower than the accumulator."
+    )
     mantissa_bits: Width | Unknown | None = recorded("Float accumulators: bits of mantissa really kept.")
     promotion_interval: Count | Unknown | None = recorded(
         "Products summed before the partial sum moves into a wider accumulator."

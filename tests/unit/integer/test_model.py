@@ -312,6 +312,8 @@ def linear(spec: TargetSpec) -> Any:
 FLOAT = 'kind = "float32", rounding = "half_even"'
 FIXED = 'kind = "fixed_point", rounding = "floor", multiplier_bits = 31, shift = { min = -30, max = 31 }'
 ACC, BIAS, ORDER = 'overflow = "wrap"', 'scale = "input*weight"', 'rounding_order = "zero_point_after"'
+PAIRS = 'pairwise = { bits = 9, overflow = "saturate"'
+WIDE, NARROW = 'bits = 32, overflow = "wrap"', 'bits = 9, overflow = "saturate"'
 OPEN = [
     (FLOAT, 'kind = "float32"', "", r"requantize\.r\.kind is not stated"),
     (FLOAT, 'kind = "float32"', 'kind = "unknown"', r"requantize\.r\.kind is 'unknown'"),
@@ -329,11 +331,19 @@ OPEN = [
     (FLOAT, 'bits = 32, overflow = "wrap"', 'overflow = "wrap"', r"accumulators\.acc\.bits is not stated"),
     (FLOAT, 'bits = 32, overflow', 'bits = "unknown", overflow', r"accumulators\.acc\.bits is 'unknown'"),
     (FLOAT, ACC, f'{ACC}, pairwise = "unknown"', r"accumulators\.acc\.pairwise is 'unknown'"),
-    (FLOAT, ACC, f"{ACC}, pairwise = {{ bits = 16 }}", r"accumulators\.acc\.pairwise sums cannot"),
+    (FLOAT, ACC, f'{ACC}, pairwise = {{ overflow = "wrap" }}', r"accumulators\.acc\.pairwise\.bits is not stated"),
+    (FLOAT, ACC, f"{ACC}, pairwise = {{ bits = 9 }}", r"accumulators\.acc\.pairwise\.bits = 9, and with overflow"),
+    (FLOAT, ACC, f"{ACC}, {PAIRS} }}", r"accumulators\.acc\.pairwise\.operands is not stated"),
+    (FLOAT, ACC, f'{ACC}, {PAIRS}, operands = "centred" }}', r"accumulators\.acc\.order is not stated"),
+    (FLOAT, ACC, f'{ACC}, {PAIRS}, operands = "stored" }}, order = "unknown"', r"acc\.order is 'unknown'"),
+    (FLOAT, WIDE, NARROW, r"accumulators\.acc\.products_per_step is not stated"),
+    (FLOAT, WIDE, f"{NARROW}, products_per_step = 1", r"accumulators\.acc\.order is not stated"),
+    (FLOAT, WIDE, f'{NARROW}, products_per_step = "all"', r"accumulators\.acc\.bias_added is not stated"),
     (FLOAT, 'overflow = "wrap"', 'overflow = "wrap", kind = "float"', r"accumulators\.acc\.kind = .float. cannot"),
     (FLOAT, 'bias = "b"', 'bias = "unknown"', r"kernels\.mac\.bias is 'unknown'"),
     (FLOAT, ', bias = "b"', "", r"kernels\.mac\.bias is not stated"),
-    (FLOAT, BIAS, f'{BIAS}, applied = "after_multiplier"', r"biases\.b\.applied = .after_multiplier. cannot"),
+    (FLOAT, BIAS, f'{BIAS}, applied = "after_multiplier"', r"biases\.b\.applied = .after_multiplier. needs requantize"),
+    (FIXED, BIAS, 'applied = "after_multiplier"', r"biases\.b\.scale is not stated"),
     (FLOAT, BIAS, f'{BIAS}, applied = "unknown"', r"biases\.b\.applied is 'unknown'"),
     (FLOAT, f"bits = 32, {BIAS}", f'bits = "unknown", {BIAS}', r"biases\.b\.bits is 'unknown'"),
     (FLOAT, ORDER, 'rounding_order = "unknown"', r"operators\.Gemm\.rounding_order is 'unknown'"),

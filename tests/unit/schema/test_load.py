@@ -242,7 +242,8 @@ def test_a_misspelt_field_gets_the_closest_and_all_fields() -> None:
     message = refused(TINY.replace("overflow", "overfow"))
     assert message == (
         "my.toml:5  accumulators.acc.overfow: there is no such field. Closest: overflow. "
-        "Fields here: kind, bits, signed, overflow, pairwise, mantissa_bits, promotion_interval, source."
+        "Fields here: kind, bits, signed, overflow, products_per_step, order, bias_added, pairwise, mantissa_bits, "
+        "promotion_interval, source."
     )
 
 
