@@ -41,7 +41,7 @@ class RequantizationFit(Algorithm):
     not hold, one scale grows to the smallest legal one with which it does:
 
         ratio too small, bias too large: the weight scale (its channel's own, else the tensor's); of an operator
-            without weights, the scale of its operand
+            without weights, or whose weight scale is at its largest, the scale of its operand
         ratio too large: the output scale
 
     Scales only ever grow and zero points stay: no value is clipped, sums get no larger, so that proven accumulators

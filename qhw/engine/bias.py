@@ -24,10 +24,12 @@ def bias_qparams(work: Work) -> dict[str, QParams]:
 
         scale = float32(input scale * weight scale), zero point 0      (Nagel et al. 2021, section 2.1)
 
-    A bias scale of its own is the finest that covers the bias. A bias that would leave its width, as that of a dead
-    channel with weights near 0, does what `biases.*.out_of_range` says. "enlarge_scale", or nothing stated: its weights
-    get the smallest legal scale with which it fits (a channel's own, else the tensor's). "saturate": it is clamped, as
-    the target's tool clamps it. "refuse" and "wrap": it is an error.
+    A bias scale of its own is the finest that covers the bias, for the tensor or for each channel (`biases.*.per`);
+    where a shift brings it to the sum (`align`), 2^k float32(input scale * weight scale) with the smallest k >= 0.
+
+    A bias that would leave its width, as that of a dead channel with weights near 0, does what `out_of_range` says.
+    "enlarge_scale", or nothing stated: its weights get the smallest legal scale with which it fits (a channel's own,
+    else the tensor's). "saturate": it is clamped, as the target's tool clamps it. "refuse" and "wrap": it is an error.
 
     Returns:
         Group -> QParams with scale [] or [out_channels].
@@ -48,7 +50,8 @@ def _grows(rule: Bias) -> bool:
 
 
 def _limits(rule: Bias) -> tuple[int, int]:
-    bits = int(rule.bits) if isinstance(rule.bits, int) else 32
+    assert isinstance(rule.bits, int)  # a bias without a width has no point
+    bits = rule.bits
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
@@ -114,8 +117,9 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
     low, high = _limits(rule)
     bias = _bias(work, point)
     if rule.scale == "own":
-        scale = (bias.abs().max() / high).clamp(min=SMALLEST_SCALE).float()
-        return QParams(scale, torch.zeros((), dtype=torch.int32), low, high, PerTensor())
+        scale = _own_scale(work, point, rule, bias, high)
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        return QParams(scale, zero_point, low, high, PerAxis(0) if scale.dim() else PerTensor())
     scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
     _check_unit(point, scale)
     scale = scale.clamp(min=SMALLEST_SCALE)
@@ -128,6 +132,18 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
         raise _too_large(point, rule, float((bias / scale.double()).abs().max()))
     granularity = PerAxis(0) if scale.dim() else PerTensor()
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), low, high, granularity)
+
+
+def _own_scale(work: Work, point: QuantPoint, rule: Bias, bias: Tensor, high: int) -> Tensor:
+    """The finest scale that covers a bias: any; or, where it is shifted left to meet the sum, 2^k times the sum's."""
+    smallest = bias.abs() / high if rule.per == "out_channel" else (bias.abs() / high).amax()
+    if rule.align != "shift" or rule.applied == "after_multiplier":
+        return smallest.clamp(min=SMALLEST_SCALE).float()
+    unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
+    unit = unit.expand(len(bias)) if rule.per == "out_channel" else unit.amax()
+    mantissa, exponent = torch.frexp(smallest / unit.double())
+    shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(min=0)
+    return torch.ldexp(unit, shift)
 
 
 def _check_unit(point: QuantPoint, scale: Tensor) -> None:

@@ -27,12 +27,13 @@ Term = Literal["input", "input_2", "weight", "bias", "output", "inputs_min", "in
 class ExponentBound(Table):
     """`min <= sum of factor * exponent <= max`, where the exponent of a tensor is log2 of its scale."""
 
-    name: Word | None = recorded("What the source calls the sum, as `shift_cut`.")
-    terms: dict[Term, Int64] = recorded(
-        "Factor of each tensor's exponent; `inputs_min` and `inputs_max` are the smallest and largest among all inputs."
+    name: Word | None = used("What the source calls the sum, as `shift_cut`.")
+    terms: dict[Term, Int64] = used(
+        "Factor of each tensor's exponent; `inputs_min` and `inputs_max` are the smallest and largest among all inputs. "
+        "`bias` is held to it where its scale is input*weight."
     )
-    min: Int64 | Unknown | None = recorded("Smallest sum, inclusive.")
-    max: Int64 | Unknown | None = recorded("Largest sum, inclusive.")
+    min: Int64 | Unknown | None = used("Smallest sum, inclusive.")
+    max: Int64 | Unknown | None = used("Largest sum, inclusive.")
 
     def rules(self) -> Iterator[Problem]:
         """A bound bounds something, in order."""
@@ -59,7 +60,9 @@ class Kernel(Table):
     weight_abs_sum_max: Count | Literal["from_accumulator"] | Unknown | None = recorded(
         "Largest sum of |weight code - zero point| over one output channel; `from_accumulator`: what its width allows."
     )
-    exponents: tuple[ExponentBound, ...] | Unknown | None = recorded("Inequalities between power-of-two scales.")
+    exponents: tuple[ExponentBound, ...] | Unknown | None = used(
+        "Inequalities between power-of-two scales, kept by the fit stage."
+    )
     fused: Fused | Unknown | None = recorded(
         "Operators this kernel takes in, where it differs from the operator's own list."
     )

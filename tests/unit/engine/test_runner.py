@@ -171,21 +171,6 @@ def test_a_bias_that_leaves_its_width_gets_coarser_weights(images: Tensor, quant
     assert wrong[1].item() <= output / 2 * (1 + 1e-4)  # the rounding of the output alone
 
 
-def test_a_bias_that_leaves_its_width_is_refused_where_all_channels_share_a_scale(
-    images: Tensor, quantize: Quantize, target_with: Callable[..., TargetSpec]
-) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 1, 1)).eval()
-    with torch.no_grad():
-        model[0].weight.fill_(127 * 2.0**-30)  # type: ignore[operator,union-attr]
-        model[0].bias.fill_(1.0)  # type: ignore[operator,union-attr]
-    x = torch.full((32, 3, 2, 2), 255 * 2.0**-30)
-    # Scale 2**-30 * 2**-30: 1.0 is code 2**60, which has 61 bits and a sign.
-    message = r"^0\.bias: needs 62 bits at scale input\*weight; biases\.b has 32\. Keep '0' in float with --keep-float"
-    shared = target_with(('zero_point = 0, per = "out_channel" }', 'zero_point = 0, per = "tensor" }'))
-    with pytest.raises(PlanError, match=message):
-        quantize(model, x, shared)
-
-
 def test_a_bias_scale_of_its_own_is_the_finest_that_covers_it(
     images: Tensor, quantize: Quantize, target_with: Callable[..., TargetSpec]
 ) -> None:

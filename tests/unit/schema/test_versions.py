@@ -82,7 +82,7 @@ def test_frozen_files_survive_json(name: str) -> None:
 def test_every_recorded_field_of_the_example_is_named_by_lint() -> None:
     spec = load_target_file(FOLDER / "v1-example.toml")
     said = {finding.path for finding in lint(spec) if finding.message == "recorded, not used yet."}
-    assert {"formats.a8.scale.rounding", "kernels.mac.exponents", "operators.Conv.output", "valid_for"} <= said
+    assert {"formats.a8.scale.rounding", "kernels.mac.simd_lanes", "operators.Conv.output", "valid_for"} <= said
     assert "formats.a8.scale.kind" not in said and "operators.Conv.limits.kernel" not in said
 
 
@@ -124,6 +124,6 @@ def test_the_json_schema_is_closed_and_marks_recorded_fields() -> None:
     schema = json.loads(json.dumps(target_json_schema()))
     assert schema["required"] == ["schema_version", "name"]
     assert schema["additionalProperties"] is False
-    assert schema["$defs"]["Kernel"]["properties"]["exponents"]["recorded"] is True
+    assert schema["$defs"]["Kernel"]["properties"]["simd_lanes"]["recorded"] is True
     assert "recorded" not in schema["$defs"]["Kernel"]["properties"]["input"]
     assert schema["$defs"]["Format"]["additionalProperties"] is False
