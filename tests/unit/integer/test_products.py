@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qhw.errors import IntegerError
-from qhw.integer import IntegerModel
+from qhw.integer import IntegerModel, prove_accumulators
 from qhw.schema import parse_target
 from tests import integer_support as reference
 from tests.integer_support import RULES, S8, S16, Grid, Rule, fill, quantized, result_of
@@ -361,3 +361,37 @@ def test_a_product_with_a_constant_on_the_left_is_named_not_computed() -> None:
     if "matmul" in {o.name for o in result.plan.operators if o.where == "accelerator"}:
         with pytest.raises(IntegerError, match="a product with a constant tensor cannot be executed exactly yet"):
             IntegerModel(result)
+
+
+def test_a_product_that_sums_over_the_batch_runs_batches_of_the_captured_size() -> None:
+    class Gram(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return input.t() @ input
+
+    x = torch.randn(4, 3)
+    model = IntegerModel(reference.calibrated(Gram(), reference.target(), x))
+    codes = model.codes(x)
+    centred = codes["input"].numpy().astype(np.int64) - int(model.sites["matmul"].inputs[0].zero_point)
+    found = model.accumulators("matmul", codes["input"].t(), codes["input"]).numpy()
+    np.testing.assert_array_equal(found, centred.T @ centred)
+    with pytest.raises(
+        IntegerError, match=r"matmul: sums 6 products of a batch; captured with 4\. Run batches of that"
+    ):
+        model.codes(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize("outputs", ["quantized", "float"])
+def test_weights_with_a_scale_per_group_name_the_field_that_no_target_has(outputs: str) -> None:
+    spec = reference.target(weight='bits = 4, signed = true, zero_point = 0, per = "group", group_size = 2')
+    result = reference.calibrated(nn.Linear(6, 2, bias=False), spec, torch.randn(3, 6))
+    with pytest.raises(
+        IntegerError, match=r"no field of a target says how the sums of groups become one .*accumulators"
+    ):
+        IntegerModel(result)
+    # Their sums are bounded as if all were one.
+    (proof,) = prove_accumulators(result)
+    codes = result.codes(next(p for p in result.plan.points if p.role == "weight")).long()
+    x = result.encodings()["input"]
+    ends = torch.stack([codes * (x.quant_min - int(x.zero_point)), codes * (x.quant_max - int(x.zero_point))])
+    assert proof.bounds.highest.tolist() == ends.amax(0).sum(1).tolist()
+    assert proof.bounds.lowest.tolist() == ends.amin(0).sum(1).tolist()
