@@ -136,7 +136,7 @@ def test_what_the_target_does_not_align_is_refused(bias: str, scale: float, requ
 def test_a_product_with_the_multiplier_that_leaves_63_bits_is_refused() -> None:
     spec = reference.target(
         reference.fixed_point("floor"), activation=reference.S16, weight=reference.S16,
-        accumulator='bits = 48, overflow = "wrap"', bias=AFTER.replace("SCALE", "input*weight"),
+        accumulator='bits = 48, overflow = "wrap"', bias=AFTER.replace("16", "40").replace("SCALE", "input*weight"),
     )  # fmt: skip
     result = reference.calibrated(nn.Linear(9, 2), spec, torch.randn(4, 9))
     with pytest.raises(IntegerError, match=r"biases\.b: its bias behind the multiplier needs more than 63 bits"):
