@@ -29,13 +29,13 @@ class KeptBatchNorm(TrainingAlgorithm):
     summary = "Batch norms stay behind their operators; their scale merges into per-channel weight scales."
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
-        """Operators that a batch norm was folded into, whose weight format can take its scale."""
+        """Batch norms that are folded into weights whose format can take their scale."""
         return _survey(graph, points, target, _keeps, "batch norms stay, and merge into scales per output channel")
 
     def attach(self, form: Any, step: Step) -> None:
-        """Take the batch norms out of the planned operators."""
-        for operator in step.sites:
-            form.keep_norm(operator)
+        """Take the planned batch norms out of their operators."""
+        for norm in step.sites:
+            form.keep_norm(form.holder_of(norm))
 
 
 class DoubleForwardOptions(AlgorithmOptions):
@@ -60,13 +60,13 @@ class DoubleForward(TrainingAlgorithm):
     options: DoubleForwardOptions
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
-        """Operators that a batch norm was folded into."""
+        """Batch norms that are folded into weights."""
         return _survey(graph, points, target, lambda *_: None, "batch norms are folded at each step")
 
     def attach(self, form: Any, step: Step) -> None:
-        """Take the batch norms out of the planned operators."""
-        for operator in step.sites:
-            form.fold_each_step(operator, self.options.freeze_after)
+        """Take the planned batch norms out of their operators."""
+        for norm in step.sites:
+            form.fold_each_step(form.holder_of(norm), self.options.freeze_after)
 
 
 def _survey(graph: Graph, points: Placement, target: TargetSpec, obstacle: Any, rule: str) -> Survey:
@@ -76,7 +76,7 @@ def _survey(graph: Graph, points: Placement, target: TargetSpec, obstacle: Any, 
         return Survey(verdict=Verdict(taken=False, reasons=(reason,)))
     sites = []
     for name, operator in folded.items():
-        reason = _cannot_split(operator) or obstacle(name, points, target)
+        reason = _cannot_split(operator) or obstacle(operator.name, points, target)
         sites.append(Site(name=name, verdict=Verdict(taken=False, reasons=(reason,)) if reason else TAKEN))
     count = sum(site.verdict.taken for site in sites)
     reasons = (Reason(subject="graph.batch_norms", value=f"{count} of {len(sites)}", rule=f"{{value}} {rule}"),)
@@ -84,10 +84,10 @@ def _survey(graph: Graph, points: Placement, target: TargetSpec, obstacle: Any, 
 
 
 def _folded(graph: Graph, points: Placement) -> Iterator[tuple[str, Operator]]:
-    """Operators whose weights hold a batch norm, or will, once the plan has run."""
+    """Batch norms that are folded, or will be once the plan has run, each with the operator whose weights hold it."""
     for placement in points.operators:
         if placement.where == "folded" and placement.kind == "BatchNormalization" and placement.fused_into:
-            yield placement.fused_into, graph.operator(placement.fused_into)
+            yield placement.name, graph.operator(placement.fused_into)
 
 
 def _cannot_split(operator: Operator) -> Reason | None:

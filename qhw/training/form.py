@@ -55,6 +55,17 @@ class TrainingForm(Work):
         """Shape of the tensor of an activation point, with the batch axis of the example."""
         return tuple(self.graph.node(point.tensor).meta["shape"])
 
+    def holder_of(self, norm: str) -> str:
+        """The operator whose weights hold a batch norm.
+
+        Raises:
+            TrainingError: it is not folded.
+        """
+        for placement in self.plan.operators:
+            if placement.name == norm and placement.where == "folded" and placement.fused_into is not None:
+                return placement.fused_into
+        raise TrainingError(f"{norm}: is no batch norm that was folded. Leave it out, or plan again.")
+
     def weight_group(self, operator: str) -> str:
         """The group of an operator's weight.
 
