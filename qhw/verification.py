@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qhw.verify`: the integer result beside the simulation, and beside the artefact in the vendor's runtime."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from qhw.api import exporter_for
-from qhw.engine import Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
+from qhw.engine import MICRO_BATCH, Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
 from qhw.errors import CalibrationError, IntegerError
 from qhw.extension import Registry, default_registry
-from qhw.integer import Difference, IntegerModel, differences, prove_accumulators, simulated_codes
+from qhw.integer import Difference, IntegerModel, Proof, differences, prove_accumulators, simulated_codes
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Remainder", "Verification", "check_rest", "verify"]
 
 _Codes = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -55,6 +55,30 @@ class Verification:
         return bool(self.artefact) and self.first_difference is None
 
 
+@dataclass(frozen=True)
+class Remainder:
+    """What can be checked of a result that cannot be computed in integers.
+
+    Attributes:
+        proven: Operators whose sums no input makes overflow.
+        overflowing: Operators whose sums some input makes overflow.
+        unbounded: Operators whose accumulator's width the target leaves open.
+        samples: How many samples were run; 0 where the artefact was not.
+        simulated: The simulation's codes against those of the artefact in its runtime, tensor by tensor. Both may
+            round in their own way: single codes differ near ties, and that alone is no mistake.
+        runtime: Its name and versions; empty where it was not run.
+        not_run: Why the artefact was not run, in words; None where it was.
+    """
+
+    proven: tuple[str, ...]
+    overflowing: tuple[str, ...]
+    unbounded: tuple[str, ...]
+    samples: int
+    simulated: tuple[Difference, ...]
+    runtime: dict[str, str]
+    not_run: str | None
+
+
 def verify(
     result: QuantizedModel,
     data: CalibrationData | None = None,
@@ -83,22 +107,73 @@ def verify(
     simulated: dict[str, Difference] = {}
     artefacts: dict[str, Difference] = {}
     samples = 0
-    batches = list(batches_of(result, data, "verify"))
-    for batch in (progress or default_progress()).track(batches, "verify", len(batches)):
+    progress = progress or default_progress()
+    for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
         samples += len(batch[0])
         mine = model.codes(*batch)
         _add(simulated, differences(mine, simulated_codes(result, *batch)))
         if call is not None:
-            theirs = call({name: x.numpy() for name, x in zip(result.input_names, batch, strict=True)})
-            _add(artefacts, differences(mine, {name: torch.from_numpy(codes) for name, codes in theirs.items()}))
+            _add(artefacts, differences(mine, _runtime_codes(result, call, batch)))
     if call is not None and simulated and not artefacts:
         raise IntegerError(f"{artefact}: shows codes of no tensor of this result. Export the result again.")
     host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
-    overflowing = tuple(
-        proof.operator for proof in prove_accumulators(result, witnesses=False) if proof.overflowing_channels
-    )
+    overflowing = tuple(proof.operator for proof in _proofs(result, progress) if proof.overflowing_channels)
     compared = tuple(simulated.values()), tuple(artefacts.values())
     return Verification(samples, *compared, runtime, not_run, host, overflowing)
+
+
+def check_rest(
+    result: QuantizedModel,
+    data: CalibrationData | None = None,
+    *,
+    artefact: Path | None = None,
+    progress: Progress | None = None,
+    registry: Registry | None = None,
+) -> Remainder:
+    """What can be checked where `verify` refuses: sums, and the simulation beside the artefact in its runtime.
+
+    Args:
+        result: The quantized model.
+        data: As `verify` takes it.
+        artefact: As `verify` takes it.
+        progress: As `verify` takes it.
+        registry: As `verify` takes it.
+
+    Raises:
+        CalibrationError: a sample does not fit.
+    """
+    progress = progress or default_progress()
+    proofs = list(_proofs(result, progress))
+    proven = tuple(p.operator for p in proofs if p.bits is not None and not p.overflowing_channels)
+    overflowing = tuple(p.operator for p in proofs if p.overflowing_channels)
+    unbounded = tuple(p.operator for p in proofs if p.bits is None)
+    call, runtime, not_run = _runtime(result, artefact, registry or default_registry())
+    if call is not None and data is None and not result.samples:
+        call, runtime, not_run = None, {}, "there are no samples"
+    if call is None:
+        return Remainder(proven, overflowing, unbounded, 0, (), runtime, not_run)
+    simulated: dict[str, Difference] = {}
+    samples = 0
+    for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
+        samples += len(batch[0])
+        _add(simulated, differences(simulated_codes(result, *batch), _runtime_codes(result, call, batch)))
+    return Remainder(proven, overflowing, unbounded, samples, tuple(simulated.values()), runtime, None)
+
+
+def _tracked(data: Calibration, label: str, progress: Progress) -> Iterator[tuple[Tensor, ...]]:
+    """Batches one by one, none kept."""
+    total = None if data.num_samples is None else -(-data.num_samples // MICRO_BATCH)
+    return progress.track(data, label, total)
+
+
+def _proofs(result: QuantizedModel, progress: Progress) -> Iterator[Proof]:
+    weighted = {name for p in result.plan.points if p.role == "weight" for name in (p.operator, *p.consumers)}
+    return progress.track(prove_accumulators(result, witnesses=False), "accumulators", len(weighted))
+
+
+def _runtime_codes(result: QuantizedModel, call: _Codes, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    theirs = call({name: x.numpy() for name, x in zip(result.input_names, batch, strict=True)})
+    return {name: torch.from_numpy(codes) for name, codes in theirs.items()}
 
 
 def _add(total: dict[str, Difference], found: Iterable[Difference]) -> None:
@@ -106,7 +181,7 @@ def _add(total: dict[str, Difference], found: Iterable[Difference]) -> None:
         total[one.tensor] = total[one.tensor] + one if one.tensor in total else one
 
 
-def batches_of(result: QuantizedModel, data: CalibrationData | None, doing: str) -> Iterable[tuple[Tensor, ...]]:
+def batches_of(result: QuantizedModel, data: CalibrationData | None, doing: str) -> Calibration:
     """Batches of given data, or of the samples that a result keeps.
 
     Raises:

@@ -22,39 +22,44 @@ def main() -> None:
     import typer
 
     from qhw.cli.app import app
-    from qhw.cli.interrupted import Interrupted
+    from qhw.cli.stopped import Interrupted, Unanswered
 
     _quiet_libraries()
     as_json = "--json" in sys.argv[1:]
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer gives the class no public name
     try:
         status = app(standalone_mode=not as_json)
+    except Unanswered as stopped:
+        _stop("error", stopped.error, 1, as_json, stopped.facts)
     except QhwError as error:
-        _stop("error", type(error).__name__, str(error), 1, as_json)
-    except Interrupted as stopped:
-        _stop("interrupted", "Interrupted", str(stopped), _INTERRUPTED, as_json)
+        _stop("error", error, 1, as_json)
+    except Interrupted as interrupted:
+        _stop("interrupted", interrupted, _INTERRUPTED, as_json)
     except usage_error as error:  # with --json alone: else typer has shown it and exits
         error.show()
-        _stop(None, "UsageError", error.format_message(), 2, as_json)
+        _stop(None, error, 2, as_json)
     except SystemExit as ended:
         status = ended.code
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     if status == _INTERRUPTED:
-        text = "nothing was written. Run the same command again."
-        _stop("interrupted", "Interrupted", text, _INTERRUPTED, as_json)
+        _stop("interrupted", Interrupted("nothing was written. Run the same command again."), status, as_json)
     raise SystemExit(status)
 
 
-def _stop(label: str | None, kind: str, message: str, status: int, as_json: bool) -> NoReturn:
+def _stop(
+    label: str | None, error: Exception, status: int, as_json: bool, facts: dict[str, Any] | None = None
+) -> NoReturn:
     """End with a line on standard error, and with an object on standard output where JSON was asked for."""
     from qhw.cli.console import print_json
 
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
     if label is not None:
         print(f"{label}: {message}", file=sys.stderr)
     if as_json:
-        print_json({"error": {"type": kind, "message": message}})
+        kind = type(error).__name__ if label is not None else "UsageError"
+        print_json({"error": {"type": kind, "message": message}, **(facts or {})})
     raise SystemExit(status) from None
 
 

@@ -37,7 +37,7 @@ def accumulators(result: ResultArgument, witness: WitnessOption = None, as_json:
     proofs = list(default_progress().track(prove_accumulators(loaded), "accumulators", len(weighted)))
     if witness is not None:
         _write(witness, proofs)
-    biases = _open_biases(loaded)
+    biases = open_biases(loaded)
     if as_json:
         print_json(_facts(loaded.target.name, proofs, biases))
     else:
@@ -46,7 +46,7 @@ def accumulators(result: ResultArgument, witness: WitnessOption = None, as_json:
         raise typer.Exit(1)
 
 
-def _open_biases(result: "QuantizedModel") -> dict[str, str]:
+def open_biases(result: "QuantizedModel") -> dict[str, str]:
     """Operator -> the field that would say how its bias is added: such a bias is in no sum that is bounded here."""
     target, known = result.target, {op.name: op for op in result.float_graph.operators}
     quantized = {name for p in result.plan.points if p.role == "bias" for name in (p.operator, *p.consumers)}
@@ -112,10 +112,10 @@ def _show(target: str, proofs: "list[Proof]", biases: dict[str, str]) -> None:
         paragraph("Can overflow", ", ".join(proof.operator for proof in over))
         print("Next: narrower weights (qhw plan --format), fewer input codes, or a kernel with a wider accumulator.")
     elif known:
-        paragraph("Proven", proven_words(known, bool(biases)))
+        paragraph("Proven", _proven(known, bool(biases)))
 
 
-def proven_words(known: "list[Proof]", without_bias: bool) -> str:
+def _proven(known: "list[Proof]", without_bias: bool) -> str:
     """What is proven of accumulators that are wide enough."""
     room = min(proof.headroom or 0 for proof in known)
     sums = "; the sums of products alone, without the biases that are left out" if without_bias else ""

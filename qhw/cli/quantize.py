@@ -137,7 +137,7 @@ def _as_named(data: str | None) -> Iterator[None]:
 def _keeping(out: Path) -> "Iterator[WorkFolder]":
     """Layers that are done lie beside the result until it is written; what stops the work before says so."""
     from qhw.cli.console import warn
-    from qhw.cli.interrupted import Interrupted
+    from qhw.cli.stopped import Interrupted
     from qhw.engine import WorkFolder
     from qhw.errors import QhwError
 

@@ -2,6 +2,7 @@
 """`qhw target ...`: list, show and lint accelerator descriptions; print their JSON Schema."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,11 @@ import typer
 
 from qhw.cli.console import heading, paragraph, print_json, print_table
 from qhw.cli.options import AsJson, TargetArgument
+from qhw.wording import counted
 
 if TYPE_CHECKING:
     from qhw.extension import Registry
-    from qhw.schema import LoadedTarget, TargetSpec
+    from qhw.schema import LoadedTarget, Located, OpenField, TargetSpec
 
 app = typer.Typer(help="Accelerator descriptions: list, show, lint, schema.", no_args_is_help=True)
 
@@ -131,10 +133,16 @@ def lint_files(
     files: Annotated[list[str], typer.Argument(metavar="TARGET...", help="Paths to .toml files, or targets' names.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check targets: contradictions, gaps, fields that nothing reads yet. Exit status 1 if there is an error."""
+    """Check targets: contradictions, gaps, fields that nothing reads yet, and what is left open.
+
+    Fields left open are no errors: each is named with the commands that cannot answer because of it. Exit status 1 if
+    there is an error.
+
+    Example: qhw target lint tiny.toml
+    """
     from qhw.errors import TargetError
     from qhw.graph.kinds import KNOWN_KINDS
-    from qhw.schema import Finding, lint
+    from qhw.schema import Finding, lint, open_fields
 
     facts: list[dict[str, Any]] = []
     failed = False
@@ -147,17 +155,53 @@ def lint_files(
             if not as_json:
                 print(error)
             continue
-        findings: tuple[Finding, ...] = lint(loaded.spec, loaded.located, known_kinds=KNOWN_KINDS)
+        fields = open_fields(loaded.spec)
+        said = {".".join(map(str, field.path)) for field in fields}
+        findings: tuple[Finding, ...] = tuple(
+            finding
+            for finding in lint(loaded.spec, loaded.located, known_kinds=KNOWN_KINDS)
+            if finding.path not in said
+        )
         failed = failed or any(finding.severity == "error" for finding in findings)
-        for finding in findings:
-            facts.append({"target": name, **vars(finding)})
-            if not as_json:
-                print(finding)
+        facts += [{"target": name, **vars(finding)} for finding in findings]
+        facts += [_open_fact(name, field, loaded.located) for field in fields]
         if not as_json:
-            print(f"{name}: {_count(findings)}")
+            for finding in findings:
+                print(finding)
+            show_open(fields)
+            left = f"; {counted(len(fields), 'field')} left open" if fields else ""
+            print(f"{name}: {_count(findings)}{left}")
     if as_json:
         print_json(facts)
     raise typer.Exit(1 if failed else 0)
+
+
+def _open_fact(target: str, field: "OpenField", located: "Located | None") -> dict[str, Any]:
+    return {
+        "target": target,
+        "severity": "open",
+        "path": ".".join(map(str, field.path)),
+        "message": field.sentence(),
+        "place": None if located is None else located.place(field.path),
+        "kinds": field.kinds,
+        "commands": field.commands,
+    }
+
+
+def show_open(fields: "tuple[OpenField, ...]") -> None:
+    """Fields left open, the same of several operators in one line."""
+    if not fields:
+        return
+    heading("Left open")
+    grouped: dict[tuple[object, ...], list[OpenField]] = {}
+    for field in fields:
+        is_own = field.path[0] == "operators"
+        grouped.setdefault(((field.path[2:], field.value, field.where) if is_own else field.path), []).append(field)
+    for same in grouped.values():
+        kinds = tuple(kind for field in same for kind in field.kinds)
+        head = "operators.*" if len(same) > 1 else ".".join(map(str, same[0].path[:2]))
+        path = ".".join((head, *map(str, same[0].path[2:])))
+        paragraph(path, replace(same[0], kinds=kinds).sentence(), left=36, indent=2)
 
 
 def _count(findings: Any) -> str:

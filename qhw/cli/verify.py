@@ -7,30 +7,47 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from qhw.cli.console import paragraph, print_json, print_table
+from qhw.cli.accumulators import open_biases
+from qhw.cli.console import heading, paragraph, print_json, print_table
 from qhw.cli.options import AsJson, DataOption, ResultArgument
 from qhw.wording import counted
 
 if TYPE_CHECKING:
-    from qhw.verification import Verification
+    from qhw.engine import QuantizedModel
+    from qhw.verification import Remainder, Verification
 
 
 def verify(result: ResultArgument, data: DataOption = None, as_json: AsJson = False) -> None:
     """Run a result in the target's exact integer arithmetic and compare code by code.
 
-    Exit status 1 where a code differs from the artefact in the vendor's runtime; 0 where that was not run, which is
-    said with its reason.
+    Exit status 1 where a code differs from the artefact in the vendor's runtime, and where the target leaves open what
+    decides: then the fields are named, and the rest is checked. 0 where the artefact was not run, which is said with
+    its reason.
 
     Example: qhw verify out/p4 --data examples.digits:calibration
     """
     import qhw
     from qhw.cli.sources import load_calibration
+    from qhw.cli.stopped import Unanswered
     from qhw.engine.folder import artefacts_of
+    from qhw.errors import IntegerError
+    from qhw.integer import lower
+    from qhw.verification import check_rest
 
     loaded = qhw.load(result)
     samples = None if data is None else load_calibration(data, loaded.float_graph)
-    artefacts = artefacts_of(result)
-    found = qhw.verify(loaded, samples, artefact=artefacts[0] if artefacts else None)
+    artefact = next(iter(artefacts_of(result)), None)
+    try:
+        found = qhw.verify(loaded, samples, artefact=artefact)
+    except IntegerError as error:
+        _, obstacles = lower(loaded)
+        if not obstacles:
+            raise
+        rest = check_rest(loaded, samples, artefact=artefact)
+        if not as_json:
+            _show_rest(loaded, result, rest)
+        facts = {"obstacles": [asdict(one) for one in obstacles], "still_checked": asdict(rest)}
+        raise Unanswered(error, facts) from error
     if as_json:
         print_json({**asdict(found), "proven": found.is_proven})
     else:
@@ -76,7 +93,41 @@ def _show(target: str, folder: Path, found: "Verification") -> None:
         paragraph("Artefact", f"{differing:,} of {total:,} codes differ")
         paragraph("First difference", f"{first.tensor}: {first.differing:,} codes, by {first.largest} at most")
     if found.not_run is not None:
-        print(f"Next: take {folder / 'artefacts'} to the target's toolchain and compare with these codes.")
+        compare = f"compare what the toolchain computes of {folder / 'artefacts'}"
+        print(f"Next: 'qhw golden {folder} --out vectors' writes these codes; {compare}.")
+
+
+def _show_rest(result: "QuantizedModel", folder: Path, rest: "Remainder") -> None:
+    """What was checked all the same, where the integer result cannot be computed."""
+    from qhw.schema import open_fields
+
+    heading("The integer result cannot be computed. Checked all the same:")
+    if rest.proven:
+        text = f"{counted(len(rest.proven), 'operator')} cannot overflow"
+        biases = open_biases(result)
+        text += f", their biases left out ({', '.join(dict.fromkeys(biases.values()))})" if biases else ""
+        paragraph("Sums", f"{text} (qhw accumulators {folder})")
+    if rest.overflowing:
+        names = ", ".join(rest.overflowing[:5])
+        paragraph(
+            "Sums", f"{counted(len(rest.overflowing), 'operator')} can overflow: {names} (qhw accumulators {folder})"
+        )
+    if rest.unbounded:
+        paragraph("Sums", f"the accumulator's width of {counted(len(rest.unbounded), 'operator')} is not known")
+    if rest.not_run is not None:
+        paragraph("Artefact", f"not run: {rest.not_run}")
+    else:
+        paragraph("Simulation", _simulation_words(rest))
+    if open_fields(result.target):
+        print(f"Next: 'qhw target lint {folder / 'target.json'}' lists all that the target leaves open.")
+
+
+def _simulation_words(rest: "Remainder") -> str:
+    differing, total = (sum(getattr(one, field) for one in rest.simulated) for field in ("differing", "codes"))
+    largest = max((one.largest for one in rest.simulated), default=0)
+    by = f", by {largest} at most" if differing else ""
+    versions = ", ".join(f"{name} {version}" for name, version in rest.runtime.items())
+    return f"{differing:,} of {total:,} codes differ from the artefact's{by} ({versions})"
 
 
 def _count(differing: int, largest: int) -> str:

@@ -9,6 +9,7 @@ from qhw.schema.kernels import ExponentBound, Kernel
 from qhw.schema.lint import Finding, lint
 from qhw.schema.load import FindBase, LoadedTarget, Located, load_target_file, parse_target, read_target_file
 from qhw.schema.marks import recorded_fields
+from qhw.schema.open_fields import OpenField, open_fields
 from qhw.schema.operators import (
     PLANNED_LIMITS,
     Approximation,
@@ -48,6 +49,7 @@ __all__ = [
     "Located",
     "Memory",
     "Network",
+    "OpenField",
     "Operator",
     "Pairwise",
     "Palette",
@@ -63,6 +65,7 @@ __all__ = [
     "closest",
     "lint",
     "load_target_file",
+    "open_fields",
     "parse_target",
     "read_target_file",
     "recorded_fields",

@@ -431,3 +431,27 @@ def test_help_and_version(qhw_run: Run) -> None:
     assert qhw_run("--version").out.startswith("qhw 0.")
     for command in (("plan",), ("quantize",), ("target", "lint"), ("plugin", "list")):
         assert "Usage" in qhw_run(*command, "--help").out
+
+
+def test_lint_says_what_is_left_open_and_who_needs_it(qhw_run: Run) -> None:
+    ran = qhw_run("target", "lint", "tiny.toml")
+    assert ran.status == 0
+    words = " ".join(ran.out.split())
+    commands = "qhw verify, qhw golden and qhw accumulators cannot answer for Conv and Gemm, where they have a bias"
+    assert f"Left open kernels.mac.bias absent: {commands} " in words
+    assert "kernels.mac.requantize absent: qhw verify and qhw golden cannot answer for Conv and Gemm" in words
+    assert words.endswith("tiny.toml: 1 info; 6 fields left open")
+    facts = {fact["path"]: fact for fact in json.loads(qhw_run("target", "lint", "tiny.toml", "--json").out)}
+    bias = facts["kernels.mac.bias"]
+    assert (bias["severity"], bias["place"], bias["kinds"]) == ("open", "tiny.toml:7", ["Conv", "Gemm"])
+    assert bias["commands"] == ["qhw verify", "qhw golden", "qhw accumulators"]
+    assert facts["fallback"]["severity"] == "info"
+
+
+def test_lint_says_the_same_of_several_operators_once_and_unknown_things_once(qhw_run: Run, folder: Path) -> None:
+    text = (folder / "tiny.toml").read_text().replace("bits = 32", 'bits = "unknown"')
+    (folder / "open.toml").write_text(text)
+    out = qhw_run("target", "lint", "open.toml").out
+    assert out.count("rounding_order") == 1 and "operators.*.rounding_order" in out
+    assert out.count("accumulators.acc.bits") == 1
+    assert "cannot answer for Conv and Gemm" in " ".join(out[out.index("accumulators.acc.bits") :].split())

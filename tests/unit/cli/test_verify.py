@@ -122,6 +122,64 @@ def test_a_target_that_leaves_open_what_decides_names_the_fields(folder: Path, q
     )  # fmt: skip
 
 
+def test_what_a_target_leaves_open_does_not_keep_the_rest_from_being_checked(folder: Path, qhw_run: Run) -> None:
+    quantize(qhw_run, "tiny.toml", "out/open")
+    ran = qhw_run("verify", "out/open")
+    words = " ".join(ran.out.split())
+    assert words.startswith("The integer result cannot be computed. Checked all the same: Sums 2 operators cannot ")
+    assert "their biases left out (kernels.mac.bias)" in words
+    assert "Artefact not run: 'acme/tiny' names no executor" in words
+    assert f"Next: 'qhw target lint {Path('out/open') / 'target.json'}' lists all that the target leaves open." in words
+    assert qhw_run("target", "lint", "out/open/target.json").status == 0
+    ran = qhw_run("verify", "out/open", "--json")
+    found = json.loads(ran.out)
+    assert (ran.status, found["error"]["type"]) == (1, "IntegerError")
+    assert [one["operator"] for one in found["obstacles"]] == ["0", "5"]
+    assert found["still_checked"]["proven"] == ["0", "5"] and found["still_checked"]["samples"] == 0
+
+
+@pytest.fixture
+def half_open(folder: Path, qhw_run: Run) -> Path:
+    """A result for a target with a runtime that does not say how it rounds."""
+    text = EXACT.replace(', rounding = "half_even"', "") + 'artefact = { executor = "onnxruntime" }\n'
+    (folder / "half.toml").write_text(text)
+    quantize(qhw_run, "half.toml", "out/half")
+    return Path("out/half")
+
+
+def test_where_the_arithmetic_is_open_the_simulation_is_held_against_the_artefact(
+    half_open: Path, qhw_run: Run
+) -> None:
+    ran = qhw_run("verify", str(half_open))
+    assert ran.status == 1 and "requantize.r.rounding is not stated" in ran.err
+    found = json.loads(qhw_run("verify", str(half_open), "--json", "--data", "net:batches").out)["still_checked"]
+    codes = sum(one["codes"] for one in found["simulated"])
+    assert (found["samples"], found["not_run"]) == (64, None) and codes > 0
+    assert f"of {codes // 8:,} codes differ from the artefact's" in " ".join(ran.out.split())
+
+
+def test_without_samples_the_rest_is_checked_without_the_artefact(half_open: Path, qhw_run: Run) -> None:
+    quantize(qhw_run, "half.toml", "out/bare", "--no-samples")
+    ran = qhw_run("verify", "out/bare")
+    assert ran.status == 1 and "requantize.r.rounding is not stated" in ran.err
+    assert "Artefact not run: there are no samples" in " ".join(ran.out.split())
+
+
+def test_an_accumulator_of_unknown_width_and_one_that_overflows_are_said_in_the_rest(
+    folder: Path, qhw_run: Run
+) -> None:
+    for bits, words in (
+        ('"unknown"', "the accumulator's width of 2 operators is not known"),
+        ("12", "2 operators can "),
+    ):
+        (folder / "open.toml").write_text(
+            EXACT.replace("acc = { bits = 32", f"acc = {{ bits = {bits}").replace('kind = "float32", ', "")
+        )
+        quantize(qhw_run, "open.toml", "out/open", "--without", "accumulator_projection")
+        ran = qhw_run("verify", "out/open")
+        assert ran.status == 1 and words in " ".join(ran.out.split())
+
+
 def test_an_operator_on_the_host_is_listed(exact: Path, qhw_run: Run) -> None:
     quantize(qhw_run, "exact.toml", "out/host", "--keep-float", "5")
     ran = qhw_run("verify", "out/host")

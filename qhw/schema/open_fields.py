@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which fields decide the integer result of an operator, which of them a target leaves open, and who needs them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from qhw.schema.arithmetic import Requantize, Shift
+from qhw.schema.base import UNKNOWN, Path, Table, leaves
+from qhw.schema.kernels import Kernel
+from qhw.schema.marks import recorded_fields
+from qhw.schema.operators import Approximation, Operator
+from qhw.schema.spec import TargetSpec
+
+__all__ = ["FUNCTION_KINDS", "OpenField", "open_fields"]
+
+EXACT = ("qhw verify", "qhw golden")
+SUMS = (*EXACT, "qhw accumulators")
+WEIGHTED = frozenset({"Conv", "DepthwiseConv", "ConvTranspose", "Gemm"})
+MEANS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
+ADDITIONS = frozenset({"Add", "Sub"})
+RESCALED = WEIGHTED | MEANS | ADDITIONS | {"MatMul", "Mul", "ReduceSum"}
+"""Kinds whose result is an accumulator, requantized."""
+REGRIDDED = frozenset({"Abs", "Clip", "Concat", "LeakyRelu", "Relu"})
+"""Kinds that requantize where input and output are on two grids."""
+FUNCTION_KINDS = frozenset(
+    {"Elu", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Neg", "Pow", "Rsqrt", "Sigmoid"}
+) | {"Silu", "Softmax", "Softplus", "Sqrt", "Tanh"}
+"""Kinds of which the target must say what is computed in place of the function."""
+
+
+@dataclass(frozen=True)
+class OpenField:
+    """A field that decides something and is absent or unknown.
+
+    Attributes:
+        path: Where it would stand.
+        value: `absent`: nobody looked. `unknown`: looked for, not published.
+        kinds: Operator kinds whose result it decides; empty where it is about the whole target.
+        commands: What cannot answer because of it.
+        where: On what operators it decides, in words; empty: on all of these kinds.
+        effect: What follows, in words, where more is to be said than that the commands cannot answer.
+    """
+
+    path: Path
+    value: str
+    kinds: tuple[str, ...]
+    commands: tuple[str, ...]
+    where: str = ""
+    effect: str = ""
+
+    def sentence(self) -> str:
+        """As `absent: qhw verify and qhw golden cannot answer for Conv and Gemm`."""
+        if self.effect:
+            return f"{self.value}: {self.effect}"
+        about = f" for {_joined(self.kinds)}" if self.kinds else ""
+        return f"{self.value}: {_joined(self.commands)} cannot answer{about}{f', {self.where}' if self.where else ''}"
+
+
+def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
+    """The fields that a target leaves open and that some command needs, each once, in the order of its operators.
+
+    Only operators with kernels count: the others move codes, or are left to the host.
+    """
+    found: dict[Path, OpenField] = {}
+    for kind, operator in spec.operators.items():
+        for name in operator.kernels if isinstance(operator.kernels, tuple) else ():
+            for one in _of_kernel(spec, kind, operator, name):
+                known = found.get(one.path, one)
+                kinds = tuple(dict.fromkeys((*known.kinds, kind)))
+                where = known.where if known.where == one.where else ""
+                found[one.path] = replace(known, kinds=kinds, where=where)
+    for one in _of_target(spec):
+        found[one.path] = one
+    return tuple(found.values())
+
+
+def _open(path: Path, value: object, commands: tuple[str, ...] = EXACT, where: str = "") -> Iterator[OpenField]:
+    if value is None or value == UNKNOWN:
+        yield OpenField(path, "absent" if value is None else UNKNOWN, (), commands, where)
+
+
+def _unknown(path: Path, table: Table, handled: tuple[str, ...] = (), where: str = "") -> Iterator[OpenField]:
+    """Fields of a table that something reads and that are unknown; most have a meaning where they are absent."""
+    unread = tuple(recorded_fields(table))
+    for leaf, value in leaves(table):
+        is_read = not any(leaf[: len(recorded)] == recorded for recorded in unread)
+        if value == UNKNOWN and is_read and leaf[0] not in handled:
+            yield from _open((*path, *leaf), value, where=where)
+
+
+def _of_kernel(spec: TargetSpec, kind: str, operator: Operator, name: str) -> Iterator[OpenField]:
+    kernel = spec.kernels[name]
+    if kind in WEIGHTED or kind == "MatMul":
+        yield from _of_sum(spec, kernel, name, SUMS if kind in WEIGHTED else EXACT)
+    if kind in WEIGHTED:
+        yield from _of_bias(spec, kernel, name)
+    rule = operator.approximation
+    if kind in FUNCTION_KINDS:
+        path: Path = ("operators", kind, "approximation")
+        if not isinstance(rule, Approximation):
+            yield from _open(path, rule)
+            return
+        yield from _open((*path, "kind"), rule.kind)
+        yield from _unknown(path, rule, ("kind",))
+    elif rule is None and kind in RESCALED | REGRIDDED:
+        where = "where input and output have two scales" if kind in REGRIDDED else ""
+        yield from _of_requantize(spec, kernel, name, kind, operator, where)
+
+
+def _of_sum(spec: TargetSpec, kernel: Kernel, name: str, commands: tuple[str, ...]) -> Iterator[OpenField]:
+    if kernel.accumulator is None or kernel.accumulator == UNKNOWN:
+        yield from _open(("kernels", name, "accumulator"), kernel.accumulator, commands)
+        return
+    path: Path = ("accumulators", kernel.accumulator)
+    entry = spec.accumulators[kernel.accumulator]
+    yield from _open((*path, "bits"), entry.bits, commands)
+    yield from _open((*path, "overflow"), entry.overflow, where="where a sum may not fit")
+    yield from _unknown(path, entry, ("bits", "overflow"))
+
+
+def _of_bias(spec: TargetSpec, kernel: Kernel, name: str) -> Iterator[OpenField]:
+    with_bias = "where they have a bias"
+    if kernel.bias is None or kernel.bias == UNKNOWN:
+        yield from _open(("kernels", name, "bias"), kernel.bias, SUMS, with_bias)
+    elif kernel.bias != "none":
+        path: Path = ("biases", kernel.bias)
+        entry = spec.biases[kernel.bias]
+        yield from _open((*path, "bits"), entry.bits, SUMS, with_bias)
+        yield from _unknown(path, entry, ("bits",), with_bias)
+
+
+def _of_requantize(
+    spec: TargetSpec, kernel: Kernel, name: str, kind: str, operator: Operator, where: str
+) -> Iterator[OpenField]:
+    formats = kernel.output if isinstance(kernel.output, tuple) else ()
+    if any(spec.formats[one].zero_point != 0 for one in formats):
+        order: Path = ("operators", kind, "rounding_order")
+        yield from _open(order, operator.rounding_order, where="where a zero point is not 0")
+    if kernel.requantize is None or kernel.requantize == UNKNOWN:
+        yield from _open(("kernels", name, "requantize"), kernel.requantize, where=where)
+        return
+    path: Path = ("requantize", kernel.requantize)
+    entry = spec.requantize[kernel.requantize]
+    yield from _open((*path, "kind"), entry.kind, where=where)
+    yield from _unknown(path, entry, ("kind", "rounding", "multiplier_bits", "shift"), where)
+    yield from _of_rounding(path, entry, kind, operator, where)
+    if entry.kind == "fixed_point":
+        yield from _open((*path, "multiplier_bits"), entry.multiplier_bits, where=where)
+    if entry.kind in ("fixed_point", "shift"):
+        yield from _of_shift((*path, "shift"), entry.shift)
+    yield from _of_operator(kernel, kind, operator, entry)
+
+
+def _of_rounding(path: Path, entry: Requantize, kind: str, operator: Operator, where: str) -> Iterator[OpenField]:
+    if operator.rounding == UNKNOWN:
+        yield from _open(("operators", kind, "rounding"), operator.rounding, where=where)
+    elif operator.rounding is None and entry.stages is None:
+        yield from _open((*path, "rounding"), entry.rounding, where=where)
+
+
+def _of_shift(path: Path, shift: Shift | str | None) -> Iterator[OpenField]:
+    if not isinstance(shift, Shift):
+        yield from _open(path, shift)
+        return
+    yield from _open((*path, "min"), shift.min, where="where they shift left")
+    yield from _open((*path, "max"), shift.max, where="where they shift right")
+
+
+def _of_operator(kernel: Kernel, kind: str, operator: Operator, entry: Requantize) -> Iterator[OpenField]:
+    path: Path = ("operators", kind)
+    if entry.kind in ("fixed_point", "float64") and operator.ratio == UNKNOWN:
+        yield from _open((*path, "ratio"), operator.ratio)
+    if kind in MEANS and operator.mean_count == UNKNOWN:
+        yield from _open((*path, "mean_count"), operator.mean_count)
+    if kind in ADDITIONS and entry.kind == "fixed_point":
+        stated = operator.preshift_bits
+        inputs = kernel.input if isinstance(kernel.input, tuple) else ()
+        is_open = not isinstance(stated, dict) or not set(stated) & set(inputs)
+        if is_open:
+            yield from _open((*path, "preshift_bits"), None if isinstance(stated, dict) else stated)
+
+
+def _of_target(spec: TargetSpec) -> Iterator[OpenField]:
+    """What is not about an operator: who takes the artefact, and who runs it."""
+    artefact = spec.artefact
+    exporter, executor = (None, None) if artefact is None else (artefact.exporter, artefact.executor)
+    if exporter is None:
+        effect = "qhw quantize writes a portable artefact, not the toolchain's own"
+        yield OpenField(("artefact", "exporter"), "absent", (), ("qhw quantize",), effect=effect)
+    if executor is None:
+        effect = "qhw verify cannot run the artefact, and compares with the simulation alone"
+        yield OpenField(("artefact", "executor"), "absent", (), ("qhw verify",), effect=effect)
+
+
+def _joined(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

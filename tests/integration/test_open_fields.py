@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lint and the integer room agree on which fields decide: what is listed as open is what is refused, and by name."""
+
+import pytest
+import torch
+from torch import nn
+
+import qhw
+from qhw.engine import QuantizedModel
+from qhw.graph import Graph
+from qhw.integer import Obstacle, lower
+from qhw.integer.lower import _FORMS
+from qhw.integer.tables import lower_table
+from qhw.schema import open_fields, parse_target
+from qhw.schema.open_fields import FUNCTION_KINDS
+
+BASE = """\
+schema_version = 1
+name = "acme/whole"
+formats.a8 = { bits = 8, signed = true, per = "tensor" }
+formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
+biases.b = { bits = 32, scale = "input*weight" }
+accumulators.acc = { bits = BITS, overflow = "wrap" }
+requantize.r = { REQUANTIZE }
+kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
+kernels.map = { input = ["a8"], output = ["a8"], requantize = "r" }
+operators.Conv = { kernels = ["mac"], rounding_order = "zero_point_after" }
+operators.Gemm = { kernels = ["mac"], rounding_order = "zero_point_after" }
+operators.Add = { kernels = ["map"], rounding_order = "zero_point_after", preshift_bits = { a8 = 20 } }
+operators.GlobalAveragePool = { kernels = ["map"], rounding_order = "zero_point_after" }
+operators.Tanh = { kernels = ["map"], approximation = { kind = "table" } }
+operators.Flatten = { same_scale = "input_output" }
+artefact = { exporter = "theirs", executor = "theirs" }
+"""
+FIXED = 'kind = "fixed_point", rounding = "half_even", multiplier_bits = 31, shift = { min = -40, max = 31 }'
+FLOAT = 'kind = "float32", rounding = "half_even"'
+
+
+class Net(nn.Module):
+    """Convolutions with a sum, a table and a mean behind them, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.left(x)) + self.right(x)
+        return self.fc(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    torch.manual_seed(0)
+    return qhw.capture(Net().eval(), torch.randn(2, 3, 8, 8))
+
+
+def quantized(graph: Graph, text: str) -> QuantizedModel:
+    data = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + 1
+    return qhw.quantize(graph, parse_target(text), calibration=data, pipeline="ranges-ptq", without=NO_REPAIR)
+
+
+NO_REPAIR = ("accumulator_projection", "requantization_fit")
+
+
+def listed(text: str) -> list[str]:
+    fields = open_fields(parse_target(text))
+    return [".".join(map(str, field.path)) for field in fields if "qhw verify" in field.commands]
+
+
+def refused(result: QuantizedModel) -> tuple[Obstacle, ...]:
+    return lower(result)[1]
+
+
+def base(requantize: str, bits: str = "32") -> str:
+    return BASE.replace("REQUANTIZE", requantize).replace("BITS", bits)
+
+
+@pytest.mark.parametrize("requantize", [FIXED, FLOAT], ids=["fixed point", "float32"])
+def test_a_target_that_states_all_is_computed(graph: Graph, requantize: str) -> None:
+    assert listed(base(requantize)) == []
+    assert refused(quantized(graph, base(requantize))) == ()
+
+
+CASES = {
+    "kernels.mac.bias": ('bias = "b", ', ""),
+    "biases.b.bits": ("biases.b = { bits = 32, ", "biases.b = { "),
+    "kernels.mac.accumulator": (', accumulator = "acc"', ""),
+    "accumulators.acc.bits": ("acc = { bits = 32", 'acc = { bits = "unknown"'),
+    "kernels.mac.requantize": ('accumulator = "acc", requantize = "r"', 'accumulator = "acc"'),
+    "kernels.map.requantize": ('output = ["a8"], requantize = "r"', 'output = ["a8"]'),
+    "requantize.r.kind": ('kind = "fixed_point", ', ""),
+    "requantize.r.rounding": ('rounding = "half_even", ', ""),
+    "requantize.r.multiplier_bits": ("multiplier_bits = 31, ", ""),
+    "requantize.r.shift": (", shift = { min = -40, max = 31 }", ""),
+    "operators.Conv.rounding_order": (
+        'Conv = { kernels = ["mac"], rounding_order = "zero_point_after" }',
+        'Conv = { kernels = ["mac"], rounding_order = "unknown" }',
+    ),
+    "operators.Conv.ratio": ('Conv = { kernels = ["mac"]', 'Conv = { kernels = ["mac"], ratio = "unknown"'),
+    "operators.GlobalAveragePool.mean_count": (
+        'GlobalAveragePool = { kernels = ["map"]', 'GlobalAveragePool = { kernels = ["map"], mean_count = "unknown"'
+    ),
+    "operators.Add.preshift_bits": (", preshift_bits = { a8 = 20 }", ""),
+    "operators.Tanh.approximation": (', approximation = { kind = "table" }', ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_a_field_that_is_open_is_listed_and_refused_by_the_same_name(graph: Graph, field: str) -> None:
+    old, new = CASES[field]
+    assert old in base(FIXED)
+    text = base(FIXED).replace(old, new)
+    assert listed(text) == [field]
+    reasons = [obstacle.reason for obstacle in refused(quantized(graph, text))]
+    assert reasons and all(field in reason for reason in reasons), reasons
+
+
+def test_an_overflow_that_is_open_decides_only_where_a_sum_may_not_fit(graph: Graph) -> None:
+    field = "accumulators.acc.overflow"
+    for bits, is_refused in (("32", False), ("12", True)):
+        text = base(FIXED, bits).replace('overflow = "wrap"', 'overflow = "unknown"')
+        assert listed(text) == [field]
+        assert any("overflow" in obstacle.reason for obstacle in refused(quantized(graph, text))) is is_refused
+
+
+def test_the_kinds_that_need_an_approximation_are_those_of_the_integer_room() -> None:
+    by_table = {kind for kind, form in _FORMS.items() if form is lower_table}
+    assert by_table <= FUNCTION_KINDS
