@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A quantized model on other grids: scales that put results on ties or near, other zero points."""
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -38,7 +39,10 @@ def rescaled(
     for point in result.plan.points:
         if point.role == "bias" or point.group in found:
             continue
-        found[point.group] = _drawn(point, grids[point.group], clips.get(point.group), kind, rng, spread)
+        drawn = _drawn(point, grids[point.group], clips.get(point.group), kind, rng, spread)
+        if kind == "decimal" and point.role == "activation" and point.group not in clips and rng.random() < 0.3:
+            drawn = replace(drawn, scale=_next_to_a_power_of_two(_unit(result, index, point, found), drawn.scale))
+        found[point.group] = drawn
         if point.role == "activation" and point.group not in clips and rng.random() < 0.2:
             source = index.read(result.float_graph, operators[point.tensor], 0)
             if source is not None and source.group in found and source.format == point.format:
@@ -51,6 +55,29 @@ def rescaled(
             scale = found[source.group].scale * weight.scale
             found[point.group] = replace(grids[point.group], scale=scale.expand(grids[point.group].scale.shape).clone())
     return QuantizedModel(result.float_graph, result.plan, result.target, found)
+
+
+def _unit(result: QuantizedModel, index: PointIndex, point: QuantPoint, found: Mapping[str, QParams]) -> list[Tensor]:
+    """The scales, and the slope, whose product is what one unit of an operator's sum stands for."""
+    operator = result.float_graph.operator(point.operator)
+    reads = [index.read(result.float_graph, operator, i) for i in range(len(operator.inputs))]
+    factors = [found[read.group].scale for read in reads if read is not None]
+    if operator.kind not in ("Mul", "MatMul"):
+        factors = factors[:1]
+    if operator.name in index.weights:
+        factors.append(found[index.weights[operator.name].group].scale.flatten()[0])
+    return [*factors, torch.tensor(float(operator.attributes.get("slope", 1.0)))]
+
+
+def _next_to_a_power_of_two(unit: list[Tensor], wanted: Tensor) -> Tensor:
+    """The scale nearest to the one wanted, of those that make the ratio of scales a power of two but for rounding.
+
+    The product is formed of the decimals that the factors were rounded from: the float32 scales miss the power by
+    their rounding, and whether a sum lies above or below a tie hangs on each rounding in the ratio.
+    """
+    product = math.prod(float(str(factor.numpy())) for factor in unit)
+    power = round(math.log2(float(wanted) / product))
+    return torch.tensor(product * 2.0**power, dtype=torch.float32)
 
 
 def _clips(result: QuantizedModel) -> dict[str, list[Mapping[str, Any]]]:
