@@ -29,6 +29,7 @@ __all__ = [
     "plan",
     "quantize",
     "save",
+    "train",
     "trainable",
     "verify",
 ]
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qhw.golden_vectors import golden
     from qhw.graph import Graph, capture
     from qhw.schema import TargetSpec
-    from qhw.training import freeze, parameter_groups, trainable
+    from qhw.training import freeze, parameter_groups, train, trainable
     from qhw.verification import verify
 
 _PLACES = {
@@ -55,7 +56,7 @@ _PLACES = {
     "evaluate": "qhw.evaluation",
     "golden": "qhw.golden_vectors",
     "verify": "qhw.verification",
-    **dict.fromkeys(("freeze", "parameter_groups", "trainable"), "qhw.training"),
+    **dict.fromkeys(("freeze", "parameter_groups", "train", "trainable"), "qhw.training"),
     **dict.fromkeys(("export", "load", "load_target", "plan", "quantize", "save"), "qhw.api"),
 }
 

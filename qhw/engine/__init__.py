@@ -4,7 +4,7 @@
 from qhw.engine.bias import weight_scale_floor
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import MICRO_BATCH, Calibration, CalibrationData, has_labels
-from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, top1
+from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, labelled_batches, top1
 from qhw.engine.folder import is_result_folder, load_result, save_result, written_files, written_whole
 from qhw.engine.improve import Improve, improve_layers
 from qhw.engine.insert import insert_modules
@@ -48,6 +48,7 @@ __all__ = [
     "improve_layers",
     "insert_modules",
     "is_result_folder",
+    "labelled_batches",
     "layers",
     "load_result",
     "must_be",

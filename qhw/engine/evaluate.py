@@ -20,7 +20,17 @@ from qhw.engine.result import flat_outputs
 from qhw.errors import CalibrationError, QhwError
 from qhw.graph import Graph
 
-__all__ = ["Agreement", "Metric", "Runner", "Score", "agreement", "check_labelled", "evaluate", "top1"]
+__all__ = [
+    "Agreement",
+    "Metric",
+    "Runner",
+    "Score",
+    "agreement",
+    "check_labelled",
+    "evaluate",
+    "labelled_batches",
+    "top1",
+]
 
 Metric = Callable[[Tensor, Tensor], float]
 """Score of outputs [samples, ...] against labels [samples, ...]; more is better."""
@@ -127,7 +137,7 @@ def evaluate(
     """
     outputs: dict[str, list[Tensor]] = {name: [] for name in runners}
     labels: list[Tensor] = []
-    batches = _labelled_batches(data, graph)
+    batches = labelled_batches(data, graph)
     with torch.inference_mode():
         for inputs, wanted in (progress or SilentProgress()).track(batches, "evaluation"):
             labels.append(wanted)
@@ -175,14 +185,24 @@ def check_labelled(graph: Graph, data: Any) -> None:
     Raises:
         CalibrationError: it has no labels, or does not fit the model.
     """
-    if next(_labelled_batches(data, graph), None) is None:
+    if next(labelled_batches(data, graph), None) is None:
         raise CalibrationError("evaluation: holds no sample. Pass at least one batch.")
 
 
-def _labelled_batches(data: Any, graph: Graph) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+def labelled_batches(data: Any, graph: Graph, name: str = "evaluation") -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """Batches of inputs, in the model's order, and labels.
+
+    Args:
+        data: A dict of arrays with `labels` that holds all samples, or batches of (inputs, labels).
+        graph: Tells names, shapes and dtypes of the inputs.
+        name: What messages call the data.
+
+    Raises:
+        CalibrationError: a batch does not fit.
+    """
     names = tuple(graph.inputs)
-    for index, (inputs, labels) in enumerate(_batches(data)):
-        where = f"evaluation: batch {index}"
+    for index, (inputs, labels) in enumerate(_batches(data, name)):
+        where = f"{name}: batch {index}"
         if isinstance(inputs, Mapping):
             missing = [name for name in names if name not in inputs]
             unknown = [name for name in inputs if name not in names]
@@ -214,18 +234,18 @@ def _labels(labels: Any, samples: int, where: str) -> Tensor:
     return wanted
 
 
-def _batches(data: Any) -> Iterator[tuple[Any, Any]]:
+def _batches(data: Any, name: str) -> Iterator[tuple[Any, Any]]:
     if isinstance(data, Mapping):
         if "labels" not in data:
-            raise CalibrationError("evaluation: holds no 'labels'. Add the array, or leave --evaluate out.")
-        arrays = {name: value for name, value in data.items() if name != "labels"}
-        for part in cut({**arrays, "labels": data["labels"]}, "evaluation", _BATCH):
-            yield {name: value for name, value in part.items() if name != "labels"}, part["labels"]
+            raise CalibrationError(f"{name}: holds no 'labels'. Add the array, or leave the data out.")
+        arrays = {key: value for key, value in data.items() if key != "labels"}
+        for part in cut({**arrays, "labels": data["labels"]}, name, _BATCH):
+            yield {key: value for key, value in part.items() if key != "labels"}, part["labels"]
         return
     if not isinstance(data, Iterable) or isinstance(data, Tensor | np.ndarray | str | bytes):
         kind = type(data).__name__
-        raise CalibrationError(f"evaluation: must be a dict of arrays with 'labels', or batches; got {kind}.")
-    for item in batches_of(data, "evaluation"):
+        raise CalibrationError(f"{name}: must be a dict of arrays with 'labels', or batches; got {kind}.")
+    for item in batches_of(data, name):
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise CalibrationError("evaluation: every batch must be (inputs, labels). Check what the loader yields.")
+            raise CalibrationError(f"{name}: every batch must be (inputs, labels). Check what the loader yields.")
         yield item[0], item[1]

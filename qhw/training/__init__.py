@@ -4,7 +4,18 @@
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer
 from qhw.training.form import TrainingForm
 from qhw.training.freeze import freeze
+from qhw.training.loop import Training, train
 from qhw.training.parameters import parameter_groups
 from qhw.training.trainable import trainable
 
-__all__ = ["DoubleForward", "KeptNorm", "NormLayer", "TrainingForm", "freeze", "parameter_groups", "trainable"]
+__all__ = [
+    "DoubleForward",
+    "KeptNorm",
+    "NormLayer",
+    "Training",
+    "TrainingForm",
+    "freeze",
+    "parameter_groups",
+    "train",
+    "trainable",
+]

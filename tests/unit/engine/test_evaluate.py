@@ -141,7 +141,7 @@ def failing() -> Iterator[Any]:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no-labels": ({"x": X}, r"^evaluation: holds no 'labels'\. Add the array, or leave --evaluate out\.$"),
+    "no-labels": ({"x": X}, r"^evaluation: holds no 'labels'\. Add the array, or leave the data out\.$"),
     "too-few-labels": (
         {"x": X, "labels": LABELS[:240]},
         r"^evaluation: all must hold equally many samples; got x",
