@@ -72,7 +72,7 @@ def main() -> None:
         "The simulation rounds in float32: single codes differ near ties, and later layers pass that on. The runtime",
         "is the target's own, where it names one that can be run here: 0 is what is claimed, anything else a defect.",
         "No exporter writes LiteRT's files yet; `tests/integration/test_litert_networks.py` (slow) writes them by hand",
-        "and holds the codes of google/litert-int8 against LiteRT's reference kernels, over the same 1,000 test images.",
+        "and holds the codes of google/litert-int8 against LiteRT's reference kernels, over the same 1,000 images.",
         "",
         "## Accumulators: bits that stay free in the worst case, layer by layer",
         "",
