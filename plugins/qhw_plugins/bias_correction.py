@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
 from qhw.engine import Layer, layers
-from qhw.errors import PlanError
+from qhw.errors import PlanError, RangeError
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
 from qhw.schema import TargetSpec
@@ -197,7 +197,16 @@ def _output(graph: Graph, operator: Operator, x: Tensor, weight: Tensor) -> Tens
 
 
 def _correct(graph: Graph, operator: Operator, shift: Tensor) -> dict[str, Json]:
-    """Take a shift out of a bias; returns its size."""
+    """Take a shift out of a bias; returns its size.
+
+    Raises:
+        RangeError: it is not finite.
+    """
+    if not bool(torch.isfinite(shift).all()):
+        raise RangeError(
+            f"{operator.name}: its output holds NaN or infinite values on the calibration data. Scale the model's "
+            f"inputs or weights down, or keep '{operator.name}' in float with --keep-float."
+        )
     if operator.bias is None:
         raise PlanError(
             f"{operator.name}: has no bias; the plan counts on a batch norm that gives it one. "

@@ -89,6 +89,7 @@ class RequantizationFit(Algorithm):
                 "contradict each other. Keep an operator in float with --keep-float."
             )
         figures = _figures(work, before, changes, checked)
+        _check_codes(figures)
         return StepReport(stage=step.stage, algorithm=self.name, summary=_summary(figures), sites=figures)
 
 
@@ -274,8 +275,28 @@ def _figures(
             site["sqnr_db_before"] = sqnr_db(weight, fake_quantize(weight, before[group]))
             site["sqnr_db"] = sqnr_db(weight, fake_quantize(weight, work.qparams[group]))
         else:
-            site["codes_in_use"] = float(f"{work.grid(group).span / float(growth):.4g}")
+            site[f"codes.{group}"] = float(f"{work.grid(group).span / float(growth):.4g}")
     return figures
+
+
+def _codes(site: dict[str, Json]) -> dict[str, float]:
+    """Group of activations whose scale grew -> codes that its values use still."""
+    return {key.removeprefix("codes."): float(str(n)) for key, n in site.items() if key.startswith("codes.")}
+
+
+def _check_codes(figures: dict[str, dict[str, Json]]) -> None:
+    """A tensor whose values are left with one code holds nothing any more.
+
+    Raises:
+        RangeError: there is one.
+    """
+    for name, site in figures.items():
+        for group, codes in _codes(site).items():
+            if codes < 2:
+                raise RangeError(
+                    f"{name}: {site['reason']} only with '{group}' on so coarse a scale that its values are one code. "
+                    f"Keep '{name}' in float with --keep-float, or choose another --format."
+                )
 
 
 def _summary(figures: dict[str, dict[str, Json]]) -> str:
@@ -297,7 +318,7 @@ def _change(name: str, site: dict[str, Json]) -> str:
 
 def _coarse(changed: dict[str, dict[str, Json]]) -> str:
     """A warning of tensors that are left with few codes."""
-    coarse = [name for name, site in changed.items() if float(str(site.get("codes_in_use", _FEW_CODES))) < _FEW_CODES]
+    coarse = [name for name, site in changed.items() if min(_codes(site).values(), default=_FEW_CODES) < _FEW_CODES]
     if not coarse:
         return ""
     listed = ", ".join(coarse[:3]) + (f" and {len(coarse) - 3} more" if len(coarse) > 3 else "")

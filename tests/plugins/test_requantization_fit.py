@@ -287,6 +287,15 @@ def test_tensors_that_are_left_with_few_codes_are_warned_of() -> None:
     assert "Warning" not in report(quantized(target(), net, x)).summary
 
 
+def test_a_tensor_that_would_be_left_with_one_code_is_an_error() -> None:
+    net, x = network()
+    message = (
+        r"^0: its multiplier is at most 2\^-18 \(requantize\.r\.shift\.min\) only with '0' on so coarse a scale that"
+    )
+    with pytest.raises(RangeError, match=message):
+        quantized(target(18, 31), net, x)
+
+
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
