@@ -26,7 +26,7 @@ machine (* a portability check, not the chip, except for onnxruntime/cpu-x86-vnn
 simulation equal to the float model's. on chip: multiply-accumulates there. size: parameters, float -> codes.
 One result folder per target in out/; {seconds:.0f} s.
 Next: qhw plan examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
-Your own chip in ten lines: README, "Declare an accelerator"."""
+Your own chip in a dozen lines: README, "Declare an accelerator"."""
 
 
 def main() -> None:
