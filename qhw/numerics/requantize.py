@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qhw.errors import RangeError
+from qhw.numerics.requantize_bounded import BoundedCodes, bounded_codes
 from qhw.numerics.requantize_float64 import Factors, Finish, factors_of, rescale_by, rescale_fast
 from qhw.numerics.requantize_int64 import DOUBLE, shift_exactly
 from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real
@@ -176,6 +177,10 @@ class FixedPointCodes:
         """
         _check_acc(acc)
         return rescale_by(acc, self.factors, Finish(zero_point, low, high), dtype)
+
+    def bounded(self, zero_point: int, low: int, high: int, largest: int) -> BoundedCodes | None:
+        """The same for accumulators in [-largest, largest], in fewer steps; None where that is not proven exact."""
+        return bounded_codes(self.factors, Finish(zero_point, low, high), largest)
 
 
 def rescale_float32(acc: Tensor, multiplier: Tensor, *, rounding: Rounding = "half_even") -> Tensor:

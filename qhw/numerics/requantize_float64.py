@@ -16,7 +16,7 @@ from torch import Tensor
 from qhw.numerics.requantize_int64 import DOUBLE, rescale_int64
 
 # Elements of one piece of work per thread: its float64 copy of 512 KiB stays in a second-level cache.
-_CHUNK = 2**16
+CHUNK = 2**16
 _EXACT = 2**52
 # Moves a tie away from zero and nothing past the next quotient: below 2**31 it adds less than one unit in 2**9.
 _AWAY = 1.0 + 2.0**-40
@@ -118,7 +118,7 @@ def factors_of(multiplier: Tensor, shift: Tensor, bits: int, rounding: str) -> F
     multiplier, shift = torch.broadcast_tensors(multiplier, shift)  # type: ignore[no-untyped-call]
     left = (-shift).clamp(min=0)
     double = rounding in DOUBLE
-    first = multiplier.double() * _power_of_two(left - bits if double else -shift - bits)
+    first = multiplier.double() * power_of_two(left - bits if double else -shift - bits)
     odd = multiplier // (multiplier & -multiplier).clamp(min=1)
     return Factors(
         multiplier=multiplier,
@@ -126,7 +126,7 @@ def factors_of(multiplier: Tensor, shift: Tensor, bits: int, rounding: str) -> F
         bits=bits,
         rounding=rounding,
         first=first,
-        second=_power_of_two(-shift.clamp(min=0)) * (_AWAY if rounding == "double" else 1.0),
+        second=power_of_two(-shift.clamp(min=0)) * (_AWAY if rounding == "double" else 1.0),
         odd=int(odd.max()),
         largest_multiplier=int(multiplier.max()),
         largest_first=float(first.max()),
@@ -134,14 +134,14 @@ def factors_of(multiplier: Tensor, shift: Tensor, bits: int, rounding: str) -> F
     )
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """2**exponent in float64, for exponents of normal numbers; by its bits, for pow and exp2 may round."""
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def _in_chunks(acc: Tensor, factors: Factors, result: Tensor, finish: Finish | None) -> None:
     """Fill the result piece by piece; pieces are cut along the first axis that has more than one index."""
-    limit = _CHUNK * torch.get_num_threads() if acc.device.type == "cpu" else acc.numel()
+    limit = CHUNK * torch.get_num_threads() if acc.device.type == "cpu" else acc.numel()
     if acc.numel() <= limit:
         _rescale_chunk(acc, factors, result, finish)
         return
@@ -170,15 +170,15 @@ def _rescale_chunk(acc: Tensor, factors: Factors, result: Tensor, finish: Finish
     if bound * f.odd > _EXACT:
         twice = product * 2.0
         near = twice.sub_(twice.round()).abs_() <= 2.0 * slack
-    rounded = _rounded(product, f)
-    result.copy_(rounded if finish is None else finish(rounded))
+    found = rounded(product, f)
+    result.copy_(found if finish is None else finish(found))
     if near is not None and bool(near.any()):
         x, m, s = (torch.broadcast_to(t, near.shape)[near] for t in (acc, f.multiplier, f.shift))
         exact = rescale_int64(whole(x), m, s, f.bits, f.rounding)
         result[near] = (exact if finish is None else finish(exact)).to(result.dtype)
 
 
-def _rounded(x: Tensor, factors: Factors) -> Tensor:
+def rounded(x: Tensor, factors: Factors) -> Tensor:
     """Whole numbers next to x, in place; not by round_real, whose steps take five times as long."""
     rule = factors.rounding
     if rule in DOUBLE:

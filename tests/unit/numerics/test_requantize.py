@@ -334,3 +334,70 @@ def test_prepared_codes_are_the_clamped_result_with_its_zero_point(rounding: str
     assert found.dtype == torch.float32
     exact = rescale_int64(acc, multiplier, shift, 31, rounding) - 7
     assert torch.equal(found, exact.clamp(-100, 90).float())
+
+
+GRIDS = st.sampled_from(
+    [(-128, -128, 127), (-128, -128, 3), (0, 0, 255), (-7, -100, 90), (17, 17, 127), (3000, -32768, 32767)]
+)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+@given(data=st.data(), grid=GRIDS, size=st.integers(1, 30), bits=st.sampled_from([31, 31, 16, 8, 1]))
+@settings(max_examples=150, deadline=None)
+def test_codes_of_bounded_accumulators_are_the_definition(rule, data, grid, size, bits):
+    multiplier, right = data.draw(near_ties(bits))[1:]
+    zero_point, low, high = grid
+    prepared = FixedPointCodes.of(torch.tensor([multiplier]), torch.tensor([right]), bits, rule)
+    codes_of = prepared.bounded(zero_point, low, high, 2**size)
+    assume(codes_of is not None)
+    # Ties of the one rounding or the first of two, those behind the zero point, both ends, and what is next to them.
+    unit = Fraction(2) ** (bits + right) / multiplier
+    codes = data.draw(st.lists(st.integers(low - zero_point - 2, high - zero_point + 2), min_size=4, max_size=4))
+    near = [
+        math.floor((code + Fraction(1, 2)) * scale) for code in codes for scale in (unit, unit / 2 ** max(right, 0))
+    ]
+    acc = [x + off for x in (*near, 0, 2**size, -(2**size)) for off in (-1, 0, 1) if abs(x + off) <= 2**size]
+    expected = [min(max(exact(x, multiplier, right, bits, rule) + zero_point, low), high) for x in acc]
+    for carried in (torch.int64, torch.float64, torch.float32)[: 3 if size <= 24 else 2]:
+        for kept in (torch.float32, torch.int64):
+            found = torch.empty(len(acc), dtype=kept)
+            codes_of(torch.tensor(acc).to(carried), found)
+            assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_codes_of_bounded_accumulators_by_pieces_and_in_place(rule):
+    generator = torch.Generator().manual_seed(5)
+    multiplier, shift = fixed_point_multiplier(torch.rand(7, 1, 1, dtype=torch.float64, generator=generator) / 500)
+    codes_of = FixedPointCodes.of(multiplier, shift, 31, rule).bounded(-5, -128, 127, 2**20)
+    acc = torch.randint(-(2**20), 2**20 + 1, (11, 7, 64, 64), generator=generator)
+    expected = (rescale_int64(acc, multiplier, shift, 31, rule) - 5).clamp(-128, 127)
+    for values in (acc.float(), acc.float().contiguous(memory_format=torch.channels_last)):
+        codes_of(values, values)
+        assert torch.equal(values.long(), expected)
+    sample = acc[0].float()
+    codes_of(sample, sample)
+    assert torch.equal(sample.long(), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("rule", "right", "largest", "is_proven"),
+    [
+        # Quotients up to 384, a code and the zero point, in units of 2**-(31 + 13), and a half: 385 * 2**44 <= 2**53.
+        ("half_to_plus_infinity", 13, 2**30, True),
+        ("half_to_plus_infinity", 14, 2**30, False),
+        # The bound of the sum keeps them below, whatever the shift.
+        ("half_even", 30, 2**21, True),
+        ("half_even", 20, 2**23, False),
+        ("double", 20, 2**22 - 1, True),
+        ("double", 20, 2**23, False),
+        # Nothing but 0 comes out; and 1 shifted left leaves the register.
+        ("half_even", 40, 2**30, True),
+        ("floor", 40, 2**30, False),
+        ("double", -2, 2**29, False),
+        ("double", -2, 2**29 - 1, True),
+    ],
+)
+def test_what_float64_alone_proves(rule, right, largest, is_proven):
+    prepared = FixedPointCodes.of(torch.tensor([2**31 - 1]), torch.tensor([right]), 31, rule)
+    assert (prepared.bounded(-128, -128, 127, largest) is not None) == is_proven
