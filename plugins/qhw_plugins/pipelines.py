@@ -27,7 +27,9 @@ WHITEPAPER_PTQ = Pipeline(
             skip_sites_of=("adaround",),
         ),
         StagePreference(stage="activation_range", algorithms=("cross_entropy", "mse", "min_max", "batch_norm_ranges")),
-        StagePreference(stage="fit", algorithms=("accumulator_projection", "requantization_fit"), mode="all"),
+        StagePreference(
+            stage="fit", algorithms=("reduce_range", "accumulator_projection", "requantization_fit"), mode="all"
+        ),
     ),
 )
 
@@ -41,7 +43,9 @@ RANGES_PTQ = Pipeline(
         StagePreference(stage="weight_range", algorithms=("mse_weights", "min_max_weights")),
         StagePreference(stage="round", algorithms=("nearest",)),
         StagePreference(stage="activation_range", algorithms=("mse", "min_max")),
-        StagePreference(stage="fit", algorithms=("accumulator_projection", "requantization_fit"), mode="all"),
+        StagePreference(
+            stage="fit", algorithms=("reduce_range", "accumulator_projection", "requantization_fit"), mode="all"
+        ),
     ),
 )
 
@@ -58,7 +62,7 @@ WHITEPAPER_QAT = Pipeline(
         StagePreference(stage="round", algorithms=("nearest",)),
         StagePreference(stage="activation_range", algorithms=("mse", "min_max", "batch_norm_ranges")),
         StagePreference(stage="train", algorithms=("kept_batch_norm", "learned_ranges")),
-        StagePreference(stage="fit", algorithms=("accumulator_projection",)),
+        StagePreference(stage="fit", algorithms=("reduce_range", "accumulator_projection"), mode="all"),
     ),
 )
 

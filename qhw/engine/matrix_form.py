@@ -7,7 +7,7 @@ depthwise, grouped, dilated and transposed ones, and linear operators.
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,12 @@ class MatrixForm:
             split = weight.flip(spatial).reshape(self.groups, -1, *weight.shape[1:])
             return split.transpose(1, 2).reshape(self.groups, weight.shape[1], -1)
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def reduction_order(self, order: Literal["channel_fastest", "kernel_fastest"]) -> Tensor:
+        """Where the inputs of an output stand in `weight_rows`, in an order of summation: int64 [inputs]."""
+        positions = 1 if self._is_linear else prod(self.weight_shape[2:])
+        index = torch.arange(prod(self.weight_shape) // self.out_channels)
+        return index if order == "kernel_fastest" else index.reshape(-1, positions).t().reshape(-1)
 
     def weight_of(self, rows: Tensor) -> Tensor:
         """The inverse of `weight_rows`."""

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from qhw.errors import IntegerError
 from qhw.integer.site import Site, unknown
-from qhw.numerics import accumulator_bits_needed
+from qhw.numerics import Operands, accumulator_bits_needed
 from qhw.schema import Accumulator, Pairwise
 
-__all__ = ["Bounds", "Operands", "Order", "Pairs", "Saturation", "Summation", "operands_of", "summation_of", "wrapped"]
+__all__ = ["Bounds", "Order", "Pairs", "Saturation", "Summation", "operands_of", "summation_of", "wrapped"]
 
 Overflow = Callable[[Tensor], Tensor]
 Order = Literal["channel_fastest", "kernel_fastest"]
-Operands = Literal["centred", "stored", "unsigned"]
 _EVERY_FORM: tuple[Operands, ...] = ("centred", "stored", "unsigned")
 
 

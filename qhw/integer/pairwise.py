@@ -8,42 +8,23 @@ import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.accumulate import Bounds, Operands, Order, Pairs, operands_of
+from qhw.integer.accumulate import Bounds, Order, Pairs, operands_of
 from qhw.integer.reduction import by_rows, in_order
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, matrix_form
-from qhw.numerics import QParams
+from qhw.numerics import Operands, multiplied_offset, multiplied_range, pair_sums
 from qhw.schema import Pairwise
 
 __all__ = [
     "check_raw_sums",
     "furthest_pairs",
-    "input_offset",
     "matmul_pair_bounds",
-    "multiplied_range",
     "multiplied_weight",
     "pair_bounds",
     "pair_reach",
     "stated_pair_bounds",
     "stated_pairs",
 ]
-
-
-def input_offset(x: QParams, operands: Operands) -> int:
-    """What is multiplied, minus the code less its zero point.
-
-    Unsigned codes are the codes plus 2^(bits - 1) where they are signed.
-    """
-    if operands == "centred":
-        return 0
-    lift = 1 << (-x.quant_min - 1).bit_length() if operands == "unsigned" and x.quant_min < 0 else 0
-    return int(x.zero_point) + lift
-
-
-def multiplied_range(x: QParams, operands: Operands) -> tuple[int, int]:
-    """Lowest and highest value of an input as it is multiplied."""
-    shift = input_offset(x, operands) - int(x.zero_point)
-    return x.quant_min + shift, x.quant_max + shift
 
 
 def multiplied_weight(site: Site, operands: Operands) -> Tensor:
@@ -62,14 +43,12 @@ def pair_reach(site: Site, order: Order | None, operands: Operands) -> tuple[Ten
     """
     rows = matrix_form(site).weight_rows(multiplied_weight(site, operands))
     low, high = multiplied_range(site.inputs[0], operands)
-    ends = torch.minimum(low * rows, high * rows), torch.maximum(low * rows, high * rows)
     if order is None:
         count = min(2, rows.shape[-1])
-        lowest = ends[0].topk(count, largest=False).values.clamp(max=0)
-        return lowest.sum(-1, keepdim=True), ends[1].topk(count).values.clamp(min=0).sum(-1, keepdim=True)
-    odd = rows.shape[-1] % 2
-    padded = [torch.nn.functional.pad(in_order(end, site, order), (0, odd)) for end in ends]
-    return padded[0][..., ::2] + padded[0][..., 1::2], padded[1][..., ::2] + padded[1][..., 1::2]
+        lowest = torch.minimum(low * rows, high * rows).topk(count, largest=False).values.clamp(max=0)
+        highest = torch.maximum(low * rows, high * rows).topk(count).values.clamp(min=0)
+        return lowest.sum(-1, keepdim=True), highest.sum(-1, keepdim=True)
+    return pair_sums(in_order(rows, site, order), low, high)
 
 
 def pair_bounds(site: Site, order: Order | None, operands: Operands) -> Bounds:
@@ -113,7 +92,7 @@ def furthest_pairs(site: Site, x: Tensor, pairs: tuple[Order, Operands], is_high
     """
     order, operands = pairs
     rows = in_order(matrix_form(site).weight_rows(multiplied_weight(site, operands)), site, order)
-    columns, offset = rows.transpose(1, 2), input_offset(site.inputs[0], operands)
+    columns, offset = rows.transpose(1, 2), multiplied_offset(site.inputs[0], operands)
     further = torch.maximum if is_highest else torch.minimum
 
     def furthest(patches: Tensor) -> Tensor:

@@ -20,14 +20,11 @@ def in_order(rows: Tensor, site: Site, order: Order | None) -> Tensor:
     """The inputs of an output in the order in which the target sums them.
 
     Args:
-        rows: [*any, inputs of an output], as `MatrixForm.weight_rows` has them: kernel positions run fastest.
+        rows: [*any, inputs of an output], as `MatrixForm.weight_rows` has them.
         site: The operator.
         order: None: as they are.
     """
-    positions = prod(site.operator.attributes.get("kernel", ()))
-    if order != "channel_fastest" or positions == 1:
-        return rows
-    return rows.reshape(*rows.shape[:-1], -1, positions).transpose(-1, -2).flatten(-2)
+    return rows if order is None else rows[..., matrix_form(site).reduction_order(order)]
 
 
 def by_rows(site: Site, x: Tensor, order: Order | None, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.accumulate import Bounds, Operands, Pairs, Saturation, Summation
+from qhw.integer.accumulate import Bounds, Pairs, Saturation, Summation
 from qhw.integer.codes import reach
 from qhw.integer.exact import exact_dtype
-from qhw.integer.pairwise import check_raw_sums, input_offset, multiplied_range, multiplied_weight, pair_reach
+from qhw.integer.pairwise import check_raw_sums, multiplied_weight, pair_reach
 from qhw.integer.reduction import by_rows, in_order
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, matrix_form, output_shape, product_of
+from qhw.numerics import Operands, multiplied_offset, multiplied_range
 
 __all__ = ["matmul_on_the_way", "sum_on_the_way"]
 
@@ -78,7 +79,7 @@ def _pair_excess(site: Site, pairs: Pairs) -> Accumulate:
     x_ends = multiplied_range(site.inputs[0], pairs.operands)
     check_raw_sums(site, pairs, 2 * int(rows.abs().sum(-1).max()) * max(map(abs, x_ends)))
     columns = in_order(rows, site, pairs.order).transpose(1, 2).contiguous().to(dtype)
-    offset = input_offset(site.inputs[0], pairs.operands)
+    offset = multiplied_offset(site.inputs[0], pairs.operands)
 
     def excess(patches: Tensor) -> Tensor:
         return _excess(patches.to(dtype) + offset, columns, pairs, (2 * pair for pair in leaving))
@@ -142,7 +143,7 @@ def _matmul_pair_excess(site: Site, pairs: Pairs) -> tuple[Callable[[Tensor, Ten
     """Of a product of two activations, and a bound of its magnitude."""
     a, b = site.inputs
     second: Operands = "centred" if pairs.operands == "centred" else "stored"
-    offset_a, offset_b = input_offset(a, pairs.operands), input_offset(b, second)
+    offset_a, offset_b = multiplied_offset(a, pairs.operands), multiplied_offset(b, second)
     ends = [max(map(abs, multiplied_range(q, form))) for q, form in ((a, pairs.operands), (b, second))]
     largest = ends[0] * ends[1] * int(site.operator.attributes["reduced_elements"])
     check_raw_sums(site, pairs, 2 * largest)
@@ -157,7 +158,7 @@ def _matmul_pair_excess(site: Site, pairs: Pairs) -> tuple[Callable[[Tensor, Ten
 def _check_steps_of_pairs(site: Site, saturation: Saturation, pairs: Pairs) -> None:
     path = site.accumulator[0]
     second = site.weight.qparams if site.weight is not None else site.inputs[1]
-    is_centred = input_offset(site.inputs[0], pairs.operands) == 0 and not bool((second.zero_point != 0).any())
+    is_centred = multiplied_offset(site.inputs[0], pairs.operands) == 0 and not bool((second.zero_point != 0).any())
     if pairs.operands != "centred" and not is_centred:
         raise IntegerError(
             f'{path}.pairwise.operands = "{pairs.operands}" with a zero point cannot be executed exactly where the '

@@ -12,6 +12,7 @@ from qhw.numerics.learned import learned_fake_quantize
 from qhw.numerics.learned_quantizer import LearnedQuantizer, ScaleDomain
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
+from qhw.numerics.pairwise import Operands, multiplied_offset, multiplied_range, pair_sums
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, fake_quantize_broadcast, quantize
 from qhw.numerics.range_loss import cross_entropy_qparams
@@ -30,6 +31,7 @@ __all__ = [
     "LearnedQuantizer",
     "MinMax",
     "MinMaxSeries",
+    "Operands",
     "PerAxis",
     "PerGroup",
     "PerTensor",
@@ -51,6 +53,9 @@ __all__ = [
     "legal_scale",
     "mse_qparams_from_histogram",
     "mse_qparams_from_tensor",
+    "multiplied_offset",
+    "multiplied_range",
+    "pair_sums",
     "parameter_shape",
     "percentile_range_of",
     "qparams_from_range",
