@@ -82,7 +82,7 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
     if weight.zero_point not in (0, None):
         return _refused(f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point")
-    codes = max(-int(weight.quant_min), int(weight.quant_max))
+    codes = max(-int(weight.quant_min or 0), int(weight.quant_max or 0))
     largest = 2 * codes * (_widest(target.formats[point.format], pairs) if point is not None else 0)
     if largest < 1 << (pairs.bits - 1):
         return _refused(f"{subject}.bits", pairs.bits, "{value} bits hold every sum of two products that formats allow")
