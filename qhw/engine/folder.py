@@ -24,7 +24,7 @@ from qhw.engine.unfinished import set_aside, unfinished_folder
 from qhw.errors import PlanError, QhwError, ResultError, TargetError
 from qhw.graph import graph_from_json, graph_to_json
 from qhw.graph.verify import verify_finite
-from qhw.numerics import QParams
+from qhw.numerics import FoldedBatchNorm, QParams
 from qhw.schema import TargetSpec, load_target_file, to_json
 
 __all__ = [
@@ -64,13 +64,13 @@ def save_result(
     """
     with written_whole(folder, _check_place) as inside:
         graph = result.float_graph
-        tensors, headers = _tensors(result)
+        tensors, headers, norms = _tensors(result)
         _write(inside / "target.json", to_json(result.target).encode())
         _write(inside / "plan.json", result.plan.to_json().encode())
         _write(inside / "graph.json", graph_to_json(graph).encode())
         _write(inside / "tensors.safetensors", tensors_as_bytes(tensors))
         reports = [report.model_dump(mode="json") for report in result.steps]
-        _write(inside / "steps.json", _json({"steps": reports, "encodings": headers}))
+        _write(inside / "steps.json", _json({"steps": reports, "encodings": headers, "batch_norms": norms}))
         if keep_samples and result.samples:
             _write(inside / _SAMPLES, tensors_as_bytes({n: t.contiguous() for n, t in result.samples.items()}))
         if write_more is not None:
@@ -119,15 +119,20 @@ def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedM
         raise ResultError(f"{folder}: target.json and plan.json do not belong together. Quantize again.")
     steps = json.loads(_text(folder / "steps.json"))
     tensors = _load_tensors(folder / "tensors.safetensors")
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("qparams/")}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("qparams/", "batch_norms/"))}
     graph = graph_from_json(_text(folder / "graph.json"), own, where=str(folder / "graph.json"))
     verify_finite(graph, str(folder / "tensors.safetensors"))
     qparams = {
-        group: QParams.from_dict(_group_tensors(tensors, group), header) for group, header in steps["encodings"].items()
+        group: QParams.from_dict(_part(tensors, f"qparams/{group}/"), header)
+        for group, header in steps["encodings"].items()
+    }
+    norms = {
+        name: FoldedBatchNorm.from_dict(_part(tensors, f"batch_norms/{name}/"), header)
+        for name, header in steps.get("batch_norms", {}).items()
     }
     reports = tuple(StepReport.model_validate_json(json.dumps(report)) for report in steps["steps"])
     samples = _load_tensors(folder / _SAMPLES) if has_samples else {}
-    return QuantizedModel(graph, plan, target, qparams, reports, provenance, samples)
+    return QuantizedModel(graph, plan, target, qparams, reports, provenance, samples, norms)
 
 
 def _read_target(path: Path) -> TargetSpec:
@@ -247,8 +252,8 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _tensors(result: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors by name, shared ones once, and the encodings' plain fields by group."""
+def _tensors(result: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """All tensors by name, shared ones once; plain fields of encodings by group, of folded batch norms by operator."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     module = result.float_graph.module
@@ -262,11 +267,15 @@ def _tensors(result: QuantizedModel) -> tuple[dict[str, Tensor], dict[str, Any]]
     for group, qparams in result.encodings().items():
         parts, headers[group] = qparams.as_dict()
         tensors.update({f"qparams/{group}/{field}": t.contiguous() for field, t in parts.items()})
-    return dict(sorted(tensors.items())), headers
+    norms: dict[str, Any] = {}
+    for name, norm in result.folded_norms.items():
+        parts, norms[name] = norm.as_dict()
+        tensors.update({f"batch_norms/{name}/{field}": t.contiguous() for field, t in parts.items()})
+    return dict(sorted(tensors.items())), headers, norms
 
 
-def _group_tensors(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
-    prefix = f"qparams/{group}/"
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
