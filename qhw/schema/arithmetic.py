@@ -24,7 +24,9 @@ class Bias(Table):
         "Whether the bias is in units of input scale times weight scale, or has a scale of its own."
     )
     zero_point: Int64 | Unknown | None = recorded("The code of 0.0.")
-    per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of a bias scale of its own.")
+    per: Literal["tensor", "out_channel"] | Unknown | None = used(
+        "Sharing of a bias scale of its own. Absent: one for the tensor."
+    )
     applied: Literal["before_requantize", "after_multiplier"] | Unknown | None = used(
         "Added to the accumulator, or to the product with the multiplier of the requantization, before its shift; on "
         "the scale input*weight it is multiplied, too. Absent: to the accumulator."
@@ -104,8 +106,8 @@ class Shift(Table):
 class Ratio(Table):
     """Bounds of a ratio of real scales, inclusive."""
 
-    min: Positive | Unknown | None = recorded("Smallest ratio.")
-    max: Positive | Unknown | None = recorded("Largest ratio.")
+    min: Positive | Unknown | None = used("Smallest ratio.")
+    max: Positive | Unknown | None = used("Largest ratio.")
 
     def rules(self) -> Iterator[Problem]:
         """Bounds in order."""
@@ -151,7 +153,9 @@ class Requantize(Table):
         "How an operand gets onto another grid than its tensor's: by this requantization with the ratio of both "
         "scales, or dequantized to float32 and quantized again. Absent: ratio."
     )
-    ratio: Ratio | Unknown | None = recorded("Bounds of input scale times weight scale over output scale.")
+    ratio: Ratio | Unknown | None = used(
+        "Bounds of input scale times weight scale over output scale, kept by the fit stage."
+    )
 
     def rules(self) -> Iterator[Problem]:
         """Fields belong to their kind."""

@@ -145,6 +145,12 @@ def bias(result: Any) -> Any:
     return None if point is None else (point.format, result.quantizer(point.name).qparams.bits)
 
 
+def scale_ratio(result: Any) -> float:
+    """Largest input scale times weight scale over output scale."""
+    x, y = (result.quantizer(name).qparams.scale for name in ("x", "conv"))
+    return float((x * result.quantizer("conv.weight").qparams.scale / y).max())
+
+
 def notes(result: Any) -> set[str]:
     return {note.subject for note in result.plan.notes}
 
@@ -195,6 +201,10 @@ CASES = [
          ("[32, 64, 128, 256]", "[64]"), PerGroup(1, 64)),
     Case(10, "per group", "linear", lambda r: weight(r).granularity, PerGroup(1, 256),
          ('per = "group", group_size = [32, 64, 128, 256]', 'per = "tensor"'), PerTensor()),
+    Case(8, "largest ratio", "conv", lambda r: scale_ratio(r) > 1e-4, True,
+         ("max = 255.99999 }", "max = 1e-4 }"), False),
+    Case(11, "bound of exponents", "conv", lambda r: scale_ratio(r) <= 2.0**-14, False,
+         ("min = 0, max = 16", "min = 14, max = 16"), True),
     Case(12, "kernels of an operator", "conv", lambda r: weight(r).granularity, PerTensor(),
          ('Conv = { kernels = ["layerwise"] }', 'Conv = { kernels = ["mac"] }'), PerAxis(0)),
     Case(13, "per channel is symmetric", "conv", lambda r: bool((weight(r).zero_point == 0).all()), True,
@@ -204,8 +214,8 @@ CASES = [
     Case(14, "bias rule of a kernel", "conv", bias, ("narrow", 20), ('bias = "narrow"', 'bias = "wide"'), ("wide", 40)),
     Case(14, "no bias", "conv", where("conv"), CHIP,
          ('kernels = ["mac8", "mac16", "ncnn", "ne16", "max78000"]', 'kernels = ["plain"]'), HOST),
-    Case(14, "bias scale", "conv", lambda r: r.quantizer("conv.bias").scale.dim(), 0,
-         ('kernels = ["mac8", "mac16", "ncnn", "ne16", "max78000"]', 'kernels = ["ne16"]'), 0),
+    Case(14, "sharing of a bias scale", "conv", lambda r: r.quantizer("conv.bias").scale.dim(), 0,
+         ('kernels = ["mac8", "mac16", "ncnn", "ne16", "max78000"]', 'kernels = ["ne16"]'), 1),
     Case(15, "accumulator width", "conv", lambda r: "accumulators.vpmaddubsw.bits" in notes(r), False,
          ("vpmaddubsw = { bits = 32", 'vpmaddubsw = { bits = "unknown"'), True),
     Case(15, "accumulator of a kernel", "conv", lambda r: "kernels.avx2.accumulator" in notes(r), False,

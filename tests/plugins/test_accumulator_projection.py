@@ -188,3 +188,42 @@ def test_an_operator_whose_input_is_not_quantized_has_no_input_group() -> None:
     assert work.input_group("0") == "input"
     with pytest.raises(PlanError, match=r"nowhere: its input is not quantized, so its sums have no scale\. Plan again"):
         work.input_group("nowhere")
+
+
+def test_a_layer_that_is_wrecked_is_warned_of_in_words() -> None:
+    def summary(bits: str) -> tuple[str, dict[str, float]]:
+        report = next(step for step in quantized(target(bits)).steps if step.algorithm == "accumulator_projection")
+        known = {name: site["sqnr_db"] for name, site in report.sites.items() if site["channels"] and site["sqnr_db"]}
+        return report.summary, {name: float(str(value)) for name, value in known.items()}
+
+    mild, kept = summary("19")
+    assert min(kept.values()) >= 15 and "Warning" not in mild
+    words, lost = summary("14")
+    wrecked = sorted((name for name, value in lost.items() if value < 15), key=lambda name: lost[name])
+    assert wrecked
+    assert (
+        f"lowest SQNR {lost[wrecked[0]]:.1f} dB ({wrecked[0]}). Warning: below 15 dB, what 3-bit weights keep: "
+        in words
+    )
+    assert ", ".join(wrecked[:3]) in words and "--keep-float" in words
+
+
+def test_bits_that_another_kernel_has_for_nothing_come_before_any_projection() -> None:
+    spec = parse_target(
+        TARGET.replace("BITS", "16").replace("PER", "out_channel").replace("SIGNED", "false").replace("ZERO", "")
+        .replace("SCALE", "").replace('kernels = ["mac"]', 'kernels = ["mac", "wide"]')
+        .replace("kernels.mac =", 'accumulators.more = { bits = 32, overflow = "saturate" }\nkernels.wide = '
+                 '{ input = ["a"], weight = ["w"], output = ["a"], bias = "b", accumulator = "more", '
+                 'requantize = "r" }\nkernels.mac =')
+    )  # fmt: skip
+    result = quantized(spec)
+    assert all(proof.bits == 32 and not proof.overflowing_channels for proof in prove_accumulators(result))
+    assert "accumulator_projection" not in [step.algorithm for step in result.steps]
+    assert "kernels.mac has 16, so kernels.wide with 32 bits is taken for the same formats" in refusal(result.plan)
+    slower = spec.kernels["wide"].model_copy(update={"macs_per_cycle": 8.0})
+    faster = spec.kernels["mac"].model_copy(update={"macs_per_cycle": 32.0})
+    costly = spec.model_copy(update={"kernels": {**spec.kernels, "wide": slower, "mac": faster}})
+    found = quantized(costly)
+    step = next(step for step in found.plan.steps if step.algorithm == "accumulator_projection")
+    assert "kernels.wide with 32 bits takes 4 x the cycles" in step.verdict.sentence()
+    assert all(proof.bits == 16 and not proof.overflowing_channels for proof in prove_accumulators(found))

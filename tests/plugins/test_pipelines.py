@@ -54,6 +54,7 @@ def test_with_data_few_bits_are_rounded_by_learning(shipped: Registry, images: T
         "weight_range": ["mse_weights"],
         "round": ["adaround"],
         "activation_range": ["cross_entropy", "mse"],
+        "fit": ["requantization_fit"],
     }
 
 

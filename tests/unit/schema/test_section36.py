@@ -39,6 +39,7 @@ USED: dict[int, dict[str, Any]] = {
         "formats.mtk_a8.scale.min": 1e-6,
         "formats.mtk_a8.scale.max": 1e6,
         "formats.qnn_a8.scale.min": 1e-4 / 255,
+        "requantize.lrint.ratio.max": 255.99999,
     },
     9: {
         "kernels.mac.requantize": "scaled",
@@ -50,6 +51,7 @@ USED: dict[int, dict[str, Any]] = {
         "requantize.scaled.out_of_range": "zero_scale",
     },
     10: {"formats.blocks.group_size": (32, 64, 128, 256), "formats.lpbq.per": "group"},
+    11: {"formats.s8.scale.kind": "power_of_two", "kernels.mac.bias": "own", "biases.own.scale": "own"},
     12: {"formats.layer.per": "tensor", "operators.Conv.kernels": ("layerwise",)},
     13: {
         "formats.w_channel.zero_point": 0,
@@ -63,6 +65,7 @@ USED: dict[int, dict[str, Any]] = {
         "biases.real.bits": "float",
         "biases.narrow.scale": "input*weight",
         "biases.after.scale": "own",
+        "biases.wide.out_of_range": "refuse",
         "kernels.mac16.bias": "wide",
         "kernels.plain.bias": "none",
     },
@@ -141,7 +144,6 @@ RECORDED: dict[int, dict[str, Any]] = {
     },
     8: {
         "formats.qnn_a8.min_real_range": 1e-4,
-        "requantize.lrint.ratio": None,
         "operators.LeakyRelu.limits.rescale": None,
         "operators.LeakyRelu.limits.slope": None,
     },
@@ -158,7 +160,6 @@ RECORDED: dict[int, dict[str, Any]] = {
         "formats.square.per": "block",
         "formats.square.block_shape": (128, 128),
     },
-    11: {"kernels.add.exponents": None, "kernels.mac.exponents": None},
     12: {
         "operators.DepthwiseConv.weight_axis": 3,
         "operators.DepthwiseConv.weight_layout": "1HWC",
@@ -172,7 +173,6 @@ RECORDED: dict[int, dict[str, Any]] = {
         "biases.small.max_channels": 512,
         "biases.small.required": True,
         "biases.wide.storage_bits": (32, 64),
-        "biases.wide.out_of_range": "refuse",
     },
     15: {
         "accumulators.vpmaddubsw.pairwise": None,
