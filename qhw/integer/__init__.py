@@ -6,7 +6,7 @@ from qhw.integer.codes import Codes
 from qhw.integer.compare import Difference, compare, differences, simulated_codes
 from qhw.integer.lower import Obstacle, lower
 from qhw.integer.model import IntegerModel
-from qhw.integer.proof import Proof, Witness, prove_accumulators
+from qhw.integer.proof import PairProof, Proof, Witness, prove_accumulators
 from qhw.integer.site import Site, sites
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Difference",
     "IntegerModel",
     "Obstacle",
+    "PairProof",
     "Proof",
     "Site",
     "Witness",

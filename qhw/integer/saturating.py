@@ -2,23 +2,43 @@
 """Sums that are no longer exact on the way: pairs of products that leave their register, accumulators that saturate."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qhw.errors import IntegerError
-from qhw.integer.accumulate import Bounds, Pairs, Saturation, Summation
+from qhw.integer.accumulate import Bounds, Pairs, Saturation, Summation, summation_of
+from qhw.integer.bias import accumulated_bias
+from qhw.integer.bounds import product_bounds, saturating_bounds
 from qhw.integer.codes import reach
 from qhw.integer.exact import exact_dtype
-from qhw.integer.pairwise import check_raw_sums, multiplied_weight, pair_reach
+from qhw.integer.pairwise import check_raw_sums, matmul_pair_bounds, multiplied_weight, pair_bounds, pair_reach
 from qhw.integer.reduction import by_rows, in_order
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, matrix_form, output_shape, product_of
 from qhw.numerics import Operands, multiplied_offset, multiplied_range
 
-__all__ = ["matmul_on_the_way", "sum_on_the_way"]
+__all__ = ["is_plain_sum", "matmul_on_the_way", "sum_on_the_way"]
 
 Accumulate = Callable[[Tensor], Tensor]
+
+
+def is_plain_sum(site: Site) -> bool:
+    """Whether an operator's accumulators are its sums of products and the codes of its bias, wrapped at most.
+
+    Args:
+        site: A Conv, DepthwiseConv, ConvTranspose, Gemm or MatMul that can be executed.
+    """
+    if site.weight is None:
+        count = int(site.operator.attributes["reduced_elements"])
+        largest = reach(site.inputs[0]) * reach(site.inputs[1]) * count
+        ends = Bounds(torch.tensor([-largest]), torch.tensor([largest]))
+        return summation_of(site, ends, partial(matmul_pair_bounds, site)).is_exact
+    bounds = saturating_bounds(site, product_bounds(site))
+    bias = accumulated_bias(site)
+    added = site.bias is None or (bias is not None and torch.equal(bias, site.bias.codes.long()))
+    return added and summation_of(site, bounds, partial(pair_bounds, site)).is_exact
 
 
 def sum_on_the_way(site: Site, summation: Summation, bounds: Bounds, bias: Tensor | None) -> Accumulate:

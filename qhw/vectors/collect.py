@@ -18,6 +18,7 @@ from qhw.integer.codes import Codes, is_one_grid
 from qhw.integer.model import Executed
 from qhw.integer.movement import Regridding, regridded
 from qhw.integer.products import PRODUCT_KINDS, product_bounds
+from qhw.integer.saturating import is_plain_sum
 from qhw.integer.site import Constant, PointIndex, Site
 from qhw.numerics import PerAxis, QParams
 
@@ -58,7 +59,7 @@ class VectorReader:
         """The vectors of one run.
 
         Raises:
-            IntegerError: codes are moved in a way that depends on them.
+            IntegerError: codes are moved in a way that depends on them, or sums are no plain ones.
         """
         return _Collected(run, self._sources(run.site)).vectors()
 
@@ -146,6 +147,11 @@ class _Collected:
         form, site = self._run.form, self._site
         if form.accumulate is None:
             return None
+        if site.operator.kind in (*PRODUCT_KINDS, "MatMul") and not is_plain_sum(site):
+            raise IntegerError(
+                f"{site.name}: its golden vectors cannot be written yet: its sums depend on their order, or its bias "
+                "is not added as stored."
+            )
         total = form.accumulate([operand.values for operand in self._run.operands]).round().long()
         lowest, highest = self._reach()
         dtype = np.int32 if max(highest, -lowest - 1) < 2**31 else np.int64

@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import qhw
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
 from tests import integer_support as reference
@@ -320,3 +321,22 @@ def test_codes_that_are_not_centred_in_an_accumulator_that_saturates_are_refused
         r'operands = "unsigned": sums of such codes may need \d+ bits, accumulators\.acc\.bits = 17, and only',
         weight='codes = [-127, 127], zero_point = 0, per = "tensor"',
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"accumulator": accumulator(12, 1, "channel_fastest", "last")},
+        {"accumulator": accumulator(32, order="channel_fastest", pairs=PAIRS.replace("16", "12"))},
+        {"requantize": reference.fixed_point("floor"), "bias": 'bits = 32, scale = "input*weight", applied = "AFTER"'},
+    ],
+    ids=["saturating", "pairs", "bias"],
+)
+def test_golden_vectors_of_sums_that_are_no_plain_ones_are_refused(changed: dict[str, str], tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    changed = {name: text.replace("AFTER", "after_multiplier") for name, text in changed.items()}
+    x = torch.randn(4, 9)
+    result = reference.calibrated(nn.Linear(9, 2), reference.target(**changed), x)
+    assert IntegerModel(result).codes(x)
+    with pytest.raises(IntegerError, match="gemm: its golden vectors cannot be written yet: its sums depend on their"):
+        qhw.golden(result, tmp_path / "vectors", data=[x])
