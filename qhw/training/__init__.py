@@ -3,10 +3,10 @@
 
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer
 from qhw.training.form import TrainingForm
-from qhw.training.freeze import freeze
+from qhw.training.freezing import freeze
 from qhw.training.loop import Training, train
 from qhw.training.parameters import parameter_groups
-from qhw.training.trainable import trainable
+from qhw.training.start import trainable
 
 __all__ = [
     "DoubleForward",

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qhw.errors import TrainingError
 from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer
 
@@ -36,17 +37,59 @@ class SyncedBatchNorm(BatchNorm):
     """Batch norm whose batch is that of all processes of a distributed run, so that ranks keep equal statistics.
 
     Alone it is the plain batch norm. Biased variance normalizes, the unbiased one is averaged, as in torch.
+
+    Args:
+        momentum: Share of each batch in the running statistics; None averages over all batches.
+        eps: What is added to the variance.
+        name: Of the layer, for messages.
     """
 
+    def __init__(self, momentum: float | None, eps: float, name: str) -> None:
+        super().__init__(momentum, eps)
+        self.name = name
+
+    @classmethod
+    def taking(cls, norm: BatchNorm, name: str) -> "SyncedBatchNorm":
+        """One with the tensors of another batch norm."""
+        made = cls(norm.momentum, norm.eps, name)
+        made._parameters.update(norm._parameters)
+        made._buffers.update(norm._buffers)
+        return made.train(norm.training)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and is_distributed()):
+        """The normalized tensor.
+
+        Raises:
+            TrainingError: a batch in training has one value per channel.
+        """
+        if not self.training:
             return super().forward(x)
-        mean, var, count = batch_statistics(x)
+        if not is_distributed():
+            self._check_count(x.numel() // max(x.shape[1], 1))
+            return super().forward(x)
+        mean, var, count = self.statistics(x)
         self.update(mean, var, count)
         shape = (1, -1, *[1] * (x.dim() - 2))
         scale = torch.rsqrt(var + self.eps) if self.weight is None else self.weight * torch.rsqrt(var + self.eps)
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return x * scale.reshape(shape) + shift.reshape(shape)
+        return (x * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel.
+
+        Raises:
+            TrainingError: there is one value per channel.
+        """
+        found = batch_statistics(x)
+        self._check_count(found[2])
+        return found
+
+    def _check_count(self, count: int) -> None:
+        if count < 2:
+            raise TrainingError(
+                f"{self.name}: a batch in training must hold 2 values per channel or more; got {count}. Enlarge the "
+                "batch, drop a last batch of one sample, or call eval() to run a single one."
+            )
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -74,7 +117,11 @@ def is_distributed() -> bool:
 
 
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel."""
+    """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel.
+
+    Computed in float32, whatever x is.
+    """
+    x = x.float()
     axes = [0, *range(2, x.dim())]
     count = x.numel() // x.shape[1]
     if not is_distributed():
@@ -173,17 +220,20 @@ class DoubleForward(NormLayer):
             self.num_steps.add_(1)
         if not self.training or (self.freeze_after is not None and int(self.num_steps) > self.freeze_after):
             scale, shift = self._affine(norm.running_mean, norm.running_var)
-            return _along(self.call(x, self._folded(weight, scale)), None, shift)
-        mean, var, count = batch_statistics(self.call(x, weight))
+            return _along(self.call(x, self.quantizer(_scaled(weight, scale))), None, shift)
+        mean, var, count = norm.statistics(self.call(x, weight))
         norm.update(mean, var, count)
         ratio = torch.sqrt((norm.running_var + norm.eps) / (var + norm.eps))
         scale, _ = self._affine(norm.running_mean, norm.running_var)
         _, shift = self._affine(mean, var)
-        return _along(self.call(x, self._folded(weight, scale)), ratio, shift)
+        return _along(self.call(x, self.quantizer(_scaled(weight, scale))), ratio, shift)
 
-    def _folded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        quantized: Tensor = self.quantizer(weight * scale.reshape(-1, *[1] * (weight.dim() - 1)))
-        return quantized
+    @torch.no_grad()
+    def folded(self, weight: Tensor) -> Tensor:
+        """The weight with the running statistics folded in, as eval mode quantizes it: to the bit."""
+        norm = self.batch_norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        return _scaled(weight, self._affine(norm.running_mean, norm.running_var)[0])
 
     def _affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """What the batch norm multiplies by, and what it adds: [channels]."""
@@ -193,9 +243,13 @@ class DoubleForward(NormLayer):
         return scale, -mean * scale if norm.bias is None else norm.bias - mean * scale
 
 
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """factor[k] weight[k] along axis 0."""
+    return weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def _along(y: Tensor, factor: Tensor | None, offset: Tensor) -> Tensor:
     """factor[k] y[k] + offset[k] along axis 1."""
     shape = (1, -1, *[1] * (y.dim() - 2))
-    return y + offset.reshape(shape) if factor is None else torch.addcmul(
-        offset.reshape(shape), y, factor.reshape(shape)
-    )  # fmt: skip
+    moved = y * factor.reshape(shape) + offset.reshape(shape) if factor is not None else y + offset.reshape(shape)
+    return moved.to(y.dtype)

@@ -11,8 +11,14 @@ from qhw.engine import labelled_batches
 from qhw.engine.calibration import cut
 from qhw.errors import CalibrationError
 from qhw.graph import Graph
+from qhw.training.checkpoint import digest_of
 
-__all__ = ["TrainingData"]
+__all__ = ["TrainingData", "epoch_seed"]
+
+
+def epoch_seed(seed: int, number: int) -> int:
+    """The seed of an epoch: of its order of arrays and of its dropout."""
+    return seed * 1_000_003 + number
 
 
 class TrainingData:
@@ -39,11 +45,20 @@ class TrainingData:
         self._seed = seed
         self.num_batches = self._count()
 
+    def digest(self) -> str | None:
+        """SHA-256 of arrays; None of a loader, which may yield anything."""
+        if not isinstance(self._data, Mapping):
+            return None
+        return digest_of({key: torch.as_tensor(value) for key, value in self._data.items()})
+
     def _count(self) -> int | None:
         """Batches of an epoch; None where nobody knows."""
         if isinstance(self._data, Mapping):
-            return sum(1 for _ in cut(self._data, "training", self._batch_size))
-        return len(self._data) if hasattr(self._data, "__len__") else None
+            return len(self._cut(self._num_samples()))
+        try:
+            return len(self._data)
+        except TypeError:  # no length, or a loader over a stream, which has the method and no answer
+            return None
 
     def epoch(self, number: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """Batches of one epoch, counted from 0: inputs and labels.
@@ -59,11 +74,19 @@ class TrainingData:
         if not count:
             raise CalibrationError("training: holds no sample. Pass at least one batch.")
 
-    def _shuffled(self, number: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    def _num_samples(self) -> int:
         if "labels" not in self._data:
             raise CalibrationError("training: holds no 'labels'. Add the array.")
+        return sum(len(part["labels"]) for part in cut(self._data, "training", self._batch_size))
+
+    def _cut(self, count: int) -> list[int]:
+        """Sizes of the batches. A last one of a single sample joins the one before it: it has no variance."""
+        sizes = [min(self._batch_size, count - start) for start in range(0, count, self._batch_size)]
+        return [*sizes[:-2], sizes[-2] + 1] if len(sizes) > 1 and sizes[-1] == 1 < self._batch_size else sizes
+
+    def _shuffled(self, number: int) -> Iterator[tuple[dict[str, Any], Any]]:
         arrays = {key: torch.as_tensor(value) for key, value in self._data.items()}
         labels = arrays.pop("labels")
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        for part in torch.split(torch.randperm(len(labels), generator=generator), self._batch_size):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch_seed(self._seed, number)))
+        for part in torch.split(order, self._cut(len(labels))):
             yield {key: value[part] for key, value in arrays.items()}, labels[part]

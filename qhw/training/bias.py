@@ -35,5 +35,8 @@ class BiasQuantizer(nn.Module):
             return bias
         source, weight = self._scaled_by
         scale = (source.scale * weight.scale).detach()
+        if scale.dim():
+            # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
+            scale = scale.repeat(len(bias) // len(scale))
         zero = torch.zeros_like(scale)
         return fake_quantize_broadcast(bias, scale, zero, self.quant_min, self.quant_max)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model first computes a value that is no number."""
+"""Values that are no numbers: which tensor holds one, where a model first computes one."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from qhw.engine import QuantizedModel
+from qhw.errors import TrainingError
 from qhw.numerics import FakeQuantizer
 
-__all__ = ["first_not_finite"]
+__all__ = ["check_finite", "first_not_finite"]
 
 
 def first_not_finite(result: QuantizedModel, inputs: tuple[Tensor, ...]) -> str:
@@ -43,3 +44,21 @@ def first_not_finite(result: QuantizedModel, inputs: tuple[Tensor, ...]) -> str:
             hook.remove()
         result.train(mode)
     return found[0] if found else "the loss"
+
+
+def check_finite(result: QuantizedModel) -> None:
+    """Refuse a model in which training came to values that are no numbers.
+
+    Raises:
+        TrainingError: names the first quantizer or parameter.
+    """
+    norms = {name for name, _ in result.named_buffers() if name.endswith((".running_mean", ".running_var"))}
+    tensors = [*result.named_parameters(), *((n, b) for n, b in result.named_buffers() if n in norms)]
+    bad = [name for name, value in tensors if not bool(torch.isfinite(value).all())]
+    if bad:
+        of_quantizers = [name for name in bad if ".quantizers." in name or name.endswith(".scale_parameter")]
+        first = (of_quantizers or bad)[0].removeprefix("module.")
+        raise TrainingError(
+            f"{first}: became NaN or infinite in training ({len(bad)} tensors in all). Go back to an earlier state, "
+            "and lower the learning rate."
+        )

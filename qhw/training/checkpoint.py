@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a training stands, in one file: so that the same call goes on after a kill. No pickle: safetensors and JSON."""
 
+import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ from torch import Tensor
 
 from qhw.errors import ResultError
 
-__all__ = ["Checkpoint", "Epoch"]
+__all__ = ["Checkpoint", "Epoch", "digest_of", "load_optimizer", "optimizer_state"]
 
-FILE = "training.safetensors"
+_FILE = "training.safetensors"
+_PARTIAL = (".qhw-", ".partial")
+_log = logging.getLogger("qhw")
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,12 @@ class Checkpoint:
         content = tensors_as_bytes(tensors, metadata={"training": json.dumps(plain)})
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".qhw-", suffix=".partial", dir=folder)
+            _remove_partial(folder)
+            handle, temporary = tempfile.mkstemp(prefix=_PARTIAL[0], suffix=_PARTIAL[1], dir=folder)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
-                Path(temporary).replace(folder / FILE)
+                Path(temporary).replace(folder / _FILE)
             finally:
                 Path(temporary).unlink(missing_ok=True)
         except OSError as error:
@@ -89,17 +95,49 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path, facts: Mapping[str, Any]) -> "Checkpoint | None":
-        """What was written under the same facts; None where there is nothing, or something else."""
+        """What was written under the same facts; None where there is nothing, or something else, which is said."""
+        path = folder / _FILE
+        if not path.exists():
+            return None
         try:
-            with safe_open(folder / FILE, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 plain = json.loads(file.metadata()["training"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             epochs = [Epoch(int(e["number"]), float(e["loss"]), float(e["score"])) for e in plain["epochs"]]
             numbers = {str(key): float(value) for key, value in plain["numbers"].items()}
-            found = cls(plain["facts"], epochs, int(plain["best"]), tensors, numbers)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+            found = cls(dict(plain["facts"]), epochs, int(plain["best"]), tensors, numbers)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            _log.warning("%s: is damaged (%s); training begins anew.", path, type(error).__name__)
             return None
-        return found if found.facts == dict(facts) else None
+        wrong = next((key for key in {**facts, **found.facts} if facts.get(key) != found.facts.get(key)), None)
+        if wrong is not None:
+            _log.warning("%s: is of another training (%s differs); training begins anew.", path, wrong)
+            return None
+        _log.info("%s: going on behind epoch %d.", path, len(epochs))
+        return found
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Take the file away, and the folder where nothing else lies in it."""
+        with suppress(OSError):  # what stays does no harm: the next training has other facts, or ends at once
+            (folder / _FILE).unlink(missing_ok=True)
+            _remove_partial(folder)
+            folder.rmdir()
+
+
+def _remove_partial(folder: Path) -> None:
+    """What a write left that was killed."""
+    for path in folder.glob("*".join(_PARTIAL)):
+        path.unlink(missing_ok=True)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qhw.decisions import QuantPlan
 from qhw.engine import QuantizedModel, Work, insert_modules
 from qhw.errors import TrainingError
-from qhw.graph import QuantPoint
-from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale
+from qhw.graph import Graph, QuantPoint
+from qhw.graph.switching import BatchNorm
+from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale, quantize
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, OperatorCall, SyncedBatchNorm
 from qhw.training.bias import BiasQuantizer
 
 __all__ = ["TrainingForm"]
 
 _HOLDER = "batch_norms"
+_NUDGES = (2.0**-16, 2.0**-13, 2.0**-10, 2.0**-7, 2.0**-4)  # parts of the way from a tie to the code
 _WIDE_BIAS = 32  # bits; rounding to such a grid is below that of float32
 
 
@@ -27,17 +30,20 @@ class TrainingForm(Work):
 
     Args:
         result: The quantized model; not changed.
+        plan: Its plan, with steps of training.
 
     Attributes:
         quantizers: Group of points -> the module that will quantize it.
         layers: Operator -> the module that computes it with its batch norm.
         origin: The float graph as the result had it.
+        start: Group -> scale and zero point as the result had them.
     """
 
-    def __init__(self, result: QuantizedModel) -> None:
+    def __init__(self, result: QuantizedModel, plan: QuantPlan) -> None:
         self.origin = result.float_graph.copy()
-        super().__init__(self.origin.copy(), result.target, result.plan)
-        self.qparams.update(result.encodings())
+        super().__init__(self.origin.copy(), result.target, plan)
+        self.start = result.encodings()
+        self.qparams.update(self.start)
         self.folded_norms.update(result.folded_norms)
         self.quantizers: dict[str, FakeQuantizer] = {}
         self.layers: dict[str, NormLayer] = {}
@@ -83,15 +89,25 @@ class TrainingForm(Work):
         The function in eval mode and the weight codes stay; the scales become those of the weights without it.
 
         Raises:
-            TrainingError: it had none, or is of a form that cannot be split.
+            TrainingError: it had none, or is of a form that cannot be split, or its weight has its quantizer already.
         """
-        norm, factor = self._unfold(operator)
         group = self.weight_group(operator)
         found = self.qparams[group]
         if not isinstance(found.granularity, PerAxis) or found.granularity.axis != 0:
             raise TrainingError(f"{operator}: a batch norm is kept on scales per output channel only. Fold it.")
+        if group in self.quantizers:
+            raise TrainingError(
+                f"{operator}: its weight has a quantizer already, on the scales with the batch norm. Let what keeps "
+                "batch norms come first (prefer=)."
+            )
+        weight = self.graph.tensor(self.group(group)[0].tensor)
+        codes = quantize(weight.detach(), found, name=group)
+        norm, factor = self._unfold(operator)
         scale = legal_scale(found.scale.double() * factor, self.grid(group), "nearest")
-        self.qparams[group] = QParams(scale, found.zero_point, found.quant_min, found.quant_max, found.granularity)
+        moved = QParams(scale, found.zero_point, found.quant_min, found.quant_max, found.granularity)
+        self.qparams[group] = moved
+        with torch.no_grad():
+            weight.copy_(_on_codes(weight, codes, moved))
         self.layers[operator] = KeptNorm(self._call(operator), norm)
 
     def fold_each_step(self, operator: str, freeze_after: int | None = None) -> None:
@@ -117,6 +133,8 @@ class TrainingForm(Work):
         """
         record = self.folded_norms.get(operator)
         found = self.graph.operator(operator)
+        if operator in self.layers:
+            raise TrainingError(f"{operator}: its batch norm was taken out already. Take it out once.")
         if record is None:
             raise TrainingError(f"{operator}: no batch norm was folded into it. Leave it out, or quantize again.")
         _, args = self._arguments(operator)
@@ -128,12 +146,17 @@ class TrainingForm(Work):
         factor = torch.where(gamma > 0, record.inner_std / gamma.clamp(min=1e-30), 1.0)
         with torch.no_grad():
             weight.copy_(weight.double() * expand(factor, PerAxis(0), tuple(weight.shape)))
-        norm = SyncedBatchNorm(record.momentum, record.eps)
+        norm = SyncedBatchNorm(record.momentum, record.eps, self._norm_of(operator))
         norm.weight, norm.bias = nn.Parameter(gamma.float()), nn.Parameter(beta.float())
         norm.running_mean = ((beta - bias.detach().double()) * factor).float()
         norm.running_var = (record.inner_std.square() - record.eps).clamp(min=0).float()
         norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
         return norm, factor
+
+    def _norm_of(self, operator: str) -> str:
+        """The name of the batch norm that was folded into an operator."""
+        folded = (placement for placement in self.plan.operators if placement.fused_into == operator)
+        return next((norm.name for norm in folded if norm.kind == "BatchNormalization"), operator)
 
     def _arguments(self, operator: str) -> tuple[fx.Node, tuple[Any, ...]]:
         node = self.graph.node(operator)
@@ -148,6 +171,7 @@ class TrainingForm(Work):
         graph = self.graph
         paths: dict[str, str] = {}
         holder = nn.ModuleDict()
+        _synchronize(graph)
         for name, layer in self.layers.items():
             key = re.sub(r"\W", "_", name)
             holder[key] = layer
@@ -193,6 +217,26 @@ class TrainingForm(Work):
         if not isinstance(weight.granularity, PerTensor | PerAxis):
             return None
         return BiasQuantizer(rule.bits, (self._quantizer(self.input_group(point.operator)), weight))
+
+
+def _on_codes(weight: Tensor, codes: Tensor, qparams: QParams) -> Tensor:
+    """A weight whose codes are these, moved by float rounding where the quotient lies next to a tie."""
+    scale = expand(qparams.scale, qparams.granularity, tuple(weight.shape))
+    for part in _NUDGES:
+        differs = quantize(weight, qparams) != codes
+        if not bool(differs.any()):
+            break
+        weight = torch.where(differs, torch.lerp(weight, codes * scale, part), weight)
+    return weight
+
+
+def _synchronize(graph: Graph) -> None:
+    """Let batch norms that are not folded count the batches of all processes, too."""
+    for operator in graph.operators:
+        path = str(operator.attributes.get("module", ""))
+        norm = graph.module.get_submodule(path) if operator.kind == "BatchNormalization" else None
+        if isinstance(norm, BatchNorm) and not isinstance(norm, SyncedBatchNorm):
+            graph.module.set_submodule(path, SyncedBatchNorm.taking(norm, operator.name))
 
 
 def _drop_unused(module: fx.GraphModule) -> None:

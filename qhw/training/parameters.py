@@ -34,13 +34,18 @@ def parameter_groups(
         list of {"params", "lr", "weight_decay", "name"}.
 
     Raises:
-        TrainingError: the result is not being trained.
+        TrainingError: the result is not being trained, or the kind of optimizer is not known.
 
     Reference:
         Nagel et al., 2021, arXiv:2106.08295, section 4.4, step 4. The factor of SGD is ours: the paper names none.
     """
     if not isinstance(result, QuantizedModel) or result.trained_form is None:
         raise TrainingError("parameter_groups: takes a result that is being trained. Call qhw.trainable(result) first.")
+    if optimizer not in ("adam", "sgd"):
+        raise TrainingError(
+            f"parameter_groups: optimizer must be 'adam' (or any that scales its steps by the gradient) or 'sgd'; got "
+            f"{optimizer!r}. Choose one, or pass quantizer_lr=."
+        )
     of_quantizers = _quantizer_parameters(result)
     own = {id(parameter) for parameter in of_quantizers}
     rest = [p for p in result.parameters() if p.requires_grad and id(p) not in own]

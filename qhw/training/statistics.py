@@ -1,45 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch-norm statistics measured anew: the averages of training lag behind weights that moved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 from qhw.engine import Calibration, CalibrationData, QuantizedModel
 from qhw.errors import TrainingError
-from qhw.training.batch_norm import KeptNorm
+from qhw.training.batch_norm import DoubleForward, NormLayer
 
-__all__ = ["reestimate"]
+__all__ = ["reestimated"]
 
 
-def reestimate(result: QuantizedModel, data: CalibrationData) -> None:
-    """Set the statistics of kept batch norms to their averages over data, quantizers on.
+@contextmanager
+def reestimated(result: QuantizedModel, data: CalibrationData) -> Iterator[None]:
+    """Let the statistics of the batch norms of operators be their means over data, for a while; quantizers on.
+
+    Means and unbiased variances of the micro-batches are averaged, each by its number of samples. Batch norms normalize
+    by the batch meanwhile, so that no layer sees the old statistics of those before it.
 
     Args:
-        result: One that is being trained; changed in place.
+        result: One that is being trained; as before when the context ends.
         data: Batches as `qhw.quantize` takes them.
 
     Raises:
         TrainingError: there are no batches.
         CalibrationError: the data does not fit the model.
     """
-    norms = [module.batch_norm for module in result.modules() if isinstance(module, KeptNorm)]
-    if not norms:
-        return
-    momenta, mode = [norm.momentum for norm in norms], result.training
-    result.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = None
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.zero_()
+    layers = [module for module in result.modules() if isinstance(module, NormLayer)]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
     try:
-        with torch.no_grad():
-            count = 0
-            for batch in Calibration(data, result.trained_form.origin):
-                result(*batch)
-                count += 1
+        if layers:
+            _average(result, layers, data)
+        yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for layer, buffers in zip(layers, before, strict=True):
+            _put_back(layer, buffers)
+
+
+@torch.no_grad()
+def _average(result: QuantizedModel, layers: list[NormLayer], data: CalibrationData) -> None:
+    kept = [(layer.batch_norm.momentum, getattr(layer, "freeze_after", None)) for layer in layers]
+    mode, total = result.training, 0
+    result.eval()
+    for layer in layers:
+        layer.training = layer.batch_norm.training = True  # not their quantizers
+        if isinstance(layer, DoubleForward):
+            layer.freeze_after = None
+    try:
+        for batch in Calibration(data, result.trained_form.origin):
+            count = len(batch[0])
+            if count == 1 and total:
+                continue  # a last sample of its own, which has no variance where there is one value per channel
+            total += count
+            for layer in layers:
+                layer.batch_norm.momentum = count / total
+            result(*batch)
+    finally:
+        for layer, (momentum, freeze_after) in zip(layers, kept, strict=True):
+            layer.batch_norm.momentum = momentum
+            if isinstance(layer, DoubleForward):
+                layer.freeze_after = freeze_after
         result.train(mode)
-    if not count:
+    if not total:
         raise TrainingError("freeze: calibration has no batches. Pass some, or leave it out.")
+
+
+@torch.no_grad()
+def _put_back(layer: NormLayer, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in layer.named_buffers():
+        buffer.copy_(buffers[name])

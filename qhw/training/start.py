@@ -54,8 +54,7 @@ def trainable(
     plan = result.plan
     if is_asked or not training_steps(plan):
         plan = _planned(result, registry, pipeline, _names(prefer), _names(without), options or {})
-    result.plan = plan
-    form = TrainingForm(result)
+    form = TrainingForm(result, plan)
     for step in training_steps(plan):
         entry = registry.algorithms.get(step.algorithm)
         if entry is None:
@@ -63,7 +62,9 @@ def trainable(
         made = entry.value(options_for(entry.value, step.options, f"plan: step '{step.algorithm}'.options"))
         with blaming(entry.record, f"algorithm '{entry.name}': attach"):
             made.attach(form, step)  # type: ignore[attr-defined]
-    result.train_as(form, *form.build())
+    built = form.build()
+    result.plan = plan
+    result.train_as(form, *built)
     return result
 
 
