@@ -94,7 +94,7 @@ def test_every_step_stays_in_the_bound_and_the_frozen_model_proves_it(per: str, 
     seen: dict[str, Tensor] = {}
     for module in bounded:
         module.register_forward_hook(lambda m, _, out: seen.__setitem__(m.name, (out / expand(m, out)).round()))
-    optimizer = torch.optim.Adam(qhw.parameter_groups(result, 0.02))
+    optimizer = torch.optim.Adam(qhw.parameter_groups(result, 0.02, quantizer_lr=1e-4))
     result.train()
     for _ in range(15):
         optimizer.zero_grad()
