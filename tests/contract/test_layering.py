@@ -28,6 +28,7 @@ ORDER = (
     "decisions",
     "extension",
     "engine",
+    "training",
     "integer",
     "vectors",
     "api",
