@@ -2,6 +2,7 @@
 """`qhw.verify`: the integer result beside the simulation, and beside the artefact in the vendor's runtime."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from qhw.api import exporter_for
-from qhw.engine import MICRO_BATCH, Calibration, CalibrationData, Progress, QuantizedModel, blaming, default_progress
+from qhw.engine import (
+    MICRO_BATCH,
+    Calibration,
+    CalibrationData,
+    Progress,
+    QuantizedModel,
+    RichProgress,
+    blaming,
+    default_progress,
+)
 from qhw.errors import CalibrationError, IntegerError
 from qhw.extension import Registry, default_registry
 from qhw.integer import Difference, IntegerModel, Proof, differences, prove_accumulators, simulated_codes
@@ -101,19 +111,19 @@ def verify(
         IntegerError: the target leaves open what decides the integer result; names the fields.
         CalibrationError: there is no sample, or one that does not fit.
     """
-    registry = registry or default_registry()
-    model = IntegerModel(result)
+    registry, progress = registry or default_registry(), progress or default_progress()
+    (model,) = progress.track(_lowered(result), "verify: lower", 1)
     call, runtime, not_run = _runtime(result, artefact, registry)
     simulated: dict[str, Difference] = {}
     artefacts: dict[str, Difference] = {}
     samples = 0
-    progress = progress or default_progress()
-    for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
-        samples += len(batch[0])
-        mine = model.codes(*batch)
-        _add(simulated, differences(mine, simulated_codes(result, *batch)))
-        if call is not None:
-            _add(artefacts, differences(mine, _runtime_codes(result, call, batch)))
+    with _bars(progress):
+        for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
+            samples += len(batch[0])
+            mine = model.codes(*batch)
+            _add(simulated, differences(mine, simulated_codes(result, *batch)))
+            if call is not None:
+                _add(artefacts, differences(mine, _runtime_codes(result, call, batch)))
     if call is not None and simulated and not artefacts:
         raise IntegerError(f"{artefact}: shows codes of no tensor of this result. Export the result again.")
     host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
@@ -154,10 +164,26 @@ def check_rest(
         return Remainder(proven, overflowing, unbounded, 0, (), runtime, not_run)
     simulated: dict[str, Difference] = {}
     samples = 0
-    for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
-        samples += len(batch[0])
-        _add(simulated, differences(simulated_codes(result, *batch), _runtime_codes(result, call, batch)))
+    with _bars(progress):
+        for batch in _tracked(batches_of(result, data, "verify"), "verify", progress):
+            samples += len(batch[0])
+            _add(simulated, differences(simulated_codes(result, *batch), _runtime_codes(result, call, batch)))
     return Remainder(proven, overflowing, unbounded, samples, tuple(simulated.values()), runtime, None)
+
+
+def _lowered(result: QuantizedModel) -> Iterator[IntegerModel]:
+    """One item, made while its bar is shown: large tables take seconds."""
+    yield IntegerModel(result)
+
+
+@contextmanager
+def _bars(progress: Progress) -> Iterator[None]:
+    """Take bars away where the work between two steps ends with an error: they would draw over its message."""
+    try:
+        yield
+    finally:
+        if isinstance(progress, RichProgress):
+            progress.stop()
 
 
 def _tracked(data: Calibration, label: str, progress: Progress) -> Iterator[tuple[Tensor, ...]]:

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in reports, as people write them."""
+"""Numbers and lists in reports, as people write them."""
 
-__all__ = ["counted"]
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["argument", "counted", "listed"]
+
+
+def argument(path: Path) -> str:
+    """A path as one argument of a command to copy: in quotes where it holds a space."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def counted(number: int, noun: str) -> str:
@@ -12,3 +20,9 @@ def counted(number: int, noun: str) -> str:
         noun: In the singular; its plural takes an s.
     """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are, as `a, b and 3 more`."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,7 +9,7 @@ import typer
 
 from qhw.cli.console import paragraph, print_json
 from qhw.cli.options import AsJson, DataOption, ResultArgument
-from qhw.wording import counted
+from qhw.wording import argument, counted, listed
 
 if TYPE_CHECKING:
     from qhw.vectors import GoldenVectors
@@ -61,11 +61,9 @@ def _show(target: str, found: "GoldenVectors") -> None:
     paragraph("Samples", str(found.samples))
     paragraph("Layers", str(len(found.operators)))
     if found.host:
-        paragraph(
-            "Host", f"{counted(len(found.host), 'operator')} in float32, without vectors: {', '.join(found.host[:5])}"
-        )
+        paragraph("Host", f"{counted(len(found.host), 'operator')} in float32, without vectors: {listed(found.host)}")
     paragraph("Files", ", ".join(f"{name} {bytes_words(size)}" for name, size in found.num_bytes.items()))
     if left := found.header_left_out:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        paragraph("Not in vectors.h", f"the arrays of {', '.join(left[:3])}{more}: past --header-limit")
-    print(f"Next: python {found.folder / 'check.py'}; with --output NPZ it compares the arrays of your own device.")
+        paragraph("Not in vectors.h", f"the arrays of {listed(left, 3)}: past --header-limit")
+    script = argument(found.folder / "check.py")
+    print(f"Next: python {script}; with --output NPZ it compares the arrays of your own device.")

@@ -21,7 +21,7 @@ from qhw.cli.options import (
     Without,
     wishes,
 )
-from qhw.wording import counted
+from qhw.wording import argument, counted
 
 if TYPE_CHECKING:
     from qhw.decisions import QuantPlan
@@ -206,7 +206,9 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
             rows.append((score.subject, f"{score.value:.2f}", words, str(score.samples)))
         print_table(("model", scores[0].metric, "agrees with float (95 %)", "samples"), rows)
         if all(score.subject != "integer" for score in scores):
-            print(f"In exact integers it cannot be scored: 'qhw verify {out}' says what the target leaves open.")
+            print(
+                f"In exact integers it cannot be scored: 'qhw verify {argument(out)}' says what the target leaves open."
+            )
     print()
     hosted = sum(operator.where == "host" for operator in made.operators)
     host = f"; {counted(hosted, 'operator')} on the host" if hosted else ""  # most of them multiply nothing

@@ -9,7 +9,7 @@ from qhw.cli.words import accumulator_words, format_words, share_words
 from qhw.decisions import QuantPlan, Reason
 from qhw.graph import QuantPoint
 from qhw.schema import TargetSpec
-from qhw.wording import counted
+from qhw.wording import counted, listed
 
 __all__ = ["show_plan"]
 
@@ -69,10 +69,9 @@ def _grouped(reasons: Iterable[Reason]) -> str:
 def _show_placement(plan: QuantPlan, target: TargetSpec) -> None:
     paragraph("On the accelerator", share_words(plan))
     hosted = [op for op in plan.operators if op.where == "host"]
-    for text, number in Counter(f"{op.kind}: {op.reason} ({op.subject})" for op in hosted).items():
+    for text in dict.fromkeys(f"{op.kind}: {op.reason} ({op.subject})" for op in hosted):
         names = [op.name for op in hosted if f"{op.kind}: {op.reason} ({op.subject})" == text]
-        listed = ", ".join(names[:3]) + (f" and {number - 3} more" if number > 3 else "")
-        paragraph("  on the host", f"{text}: {listed}")
+        paragraph("  on the host", f"{text}: {listed(names, 3)}")
     weights = [point for point in plan.points if point.role == "weight"]
     activations = [point for point in plan.points if point.role in ("activation", "input", "edge")]
     biases = [point for point in plan.points if point.role == "bias"]

@@ -10,7 +10,7 @@ import typer
 from qhw.cli.accumulators import open_biases
 from qhw.cli.console import heading, paragraph, print_json, print_table
 from qhw.cli.options import AsJson, DataOption, ResultArgument
-from qhw.wording import counted
+from qhw.wording import argument, counted, listed
 
 if TYPE_CHECKING:
     from qhw.engine import QuantizedModel
@@ -29,14 +29,14 @@ def verify(result: ResultArgument, data: DataOption = None, as_json: AsJson = Fa
     import qhw
     from qhw.cli.sources import load_calibration
     from qhw.cli.stopped import Unanswered
-    from qhw.engine.folder import artefacts_of
+    from qhw.engine.folder import artefacts_of, changed_artefacts
     from qhw.errors import IntegerError
     from qhw.integer import lower
     from qhw.verification import check_rest
 
     loaded = qhw.load(result)
     samples = None if data is None else load_calibration(data, loaded.float_graph)
-    artefact = next(iter(artefacts_of(result)), None)
+    artefact, changed = next(iter(artefacts_of(result)), None), changed_artefacts(result)
     try:
         found = qhw.verify(loaded, samples, artefact=artefact)
     except IntegerError as error:
@@ -49,14 +49,14 @@ def verify(result: ResultArgument, data: DataOption = None, as_json: AsJson = Fa
         facts = {"obstacles": [asdict(one) for one in obstacles], "still_checked": asdict(rest)}
         raise Unanswered(error, facts) from error
     if as_json:
-        print_json({**asdict(found), "proven": found.is_proven})
+        print_json({**asdict(found), "proven": found.is_proven, "changed": changed})
     else:
-        _show(loaded.target.name, result, found)
+        _show(loaded.target.name, result, found, changed)
     if found.first_difference is not None:
         raise typer.Exit(1)
 
 
-def _show(target: str, folder: Path, found: "Verification") -> None:
+def _show(target: str, folder: Path, found: "Verification", changed: list[str]) -> None:
     theirs = {one.tensor: one for one in found.artefact}
     runtime = next(iter(found.runtime), "runtime")
     rows = []
@@ -73,14 +73,11 @@ def _show(target: str, folder: Path, found: "Verification") -> None:
     paragraph("Target", target)
     paragraph("Samples", str(found.samples))
     if found.overflowing:
-        names = ", ".join(found.overflowing[:5])
-        paragraph(
-            "Sums", f"{counted(len(found.overflowing), 'operator')} can overflow: {names} (qhw accumulators {folder})"
-        )
+        paragraph("Sums", _overflowing_words(found.overflowing, folder))
     if found.host:
-        paragraph(
-            "Host", f"{counted(len(found.host), 'operator')} in float32, not compared: {', '.join(found.host[:5])}"
-        )
+        paragraph("Host", f"{counted(len(found.host), 'operator')} in float32, not compared: {listed(found.host)}")
+    if changed:
+        paragraph("Changed", f"{listed(changed)}: not as exported (SHA-256 differs)")
     total = sum(one.codes for one in found.artefact)
     if found.not_run is not None:
         paragraph("Artefact", f"not run: {found.not_run}")
@@ -94,7 +91,7 @@ def _show(target: str, folder: Path, found: "Verification") -> None:
         paragraph("First difference", f"{first.tensor}: {first.differing:,} codes, by {first.largest} at most")
     if found.not_run is not None:
         compare = f"compare what the toolchain computes of {folder / 'artefacts'}"
-        print(f"Next: 'qhw golden {folder} --out vectors' writes these codes; {compare}.")
+        print(f"Next: 'qhw golden {argument(folder)} --out vectors' writes these codes; {compare}.")
 
 
 def _show_rest(result: "QuantizedModel", folder: Path, rest: "Remainder") -> None:
@@ -106,12 +103,9 @@ def _show_rest(result: "QuantizedModel", folder: Path, rest: "Remainder") -> Non
         text = f"{counted(len(rest.proven), 'operator')} cannot overflow"
         biases = open_biases(result)
         text += f", their biases left out ({', '.join(dict.fromkeys(biases.values()))})" if biases else ""
-        paragraph("Sums", f"{text} (qhw accumulators {folder})")
+        paragraph("Sums", f"{text} (qhw accumulators {argument(folder)})")
     if rest.overflowing:
-        names = ", ".join(rest.overflowing[:5])
-        paragraph(
-            "Sums", f"{counted(len(rest.overflowing), 'operator')} can overflow: {names} (qhw accumulators {folder})"
-        )
+        paragraph("Sums", _overflowing_words(rest.overflowing, folder))
     if rest.unbounded:
         paragraph("Sums", f"the accumulator's width of {counted(len(rest.unbounded), 'operator')} is not known")
     if rest.not_run is not None:
@@ -119,7 +113,11 @@ def _show_rest(result: "QuantizedModel", folder: Path, rest: "Remainder") -> Non
     else:
         paragraph("Simulation", _simulation_words(rest))
     if open_fields(result.target):
-        print(f"Next: 'qhw target lint {folder / 'target.json'}' lists all that the target leaves open.")
+        print(f"Next: 'qhw target lint {argument(folder / 'target.json')}' lists all that the target leaves open.")
+
+
+def _overflowing_words(names: "tuple[str, ...]", folder: Path) -> str:
+    return f"{counted(len(names), 'operator')} can overflow: {listed(names)} (qhw accumulators {argument(folder)})"
 
 
 def _simulation_words(rest: "Remainder") -> str:

@@ -29,6 +29,7 @@ from qhw.schema import TargetSpec, load_target_file, to_json
 
 __all__ = [
     "artefacts_of",
+    "changed_artefacts",
     "is_result_folder",
     "load_result",
     "save_result",
@@ -111,6 +112,20 @@ def artefacts_of(folder: Path) -> list[Path]:
         if not path.is_file():
             raise ResultError(f"{path}: is missing. Quantize again, or restore the file.")
     return listed
+
+
+def changed_artefacts(folder: Path) -> list[str]:
+    """Names of the artefact's files that are not what was exported.
+
+    Raises:
+        ResultError: it is no result folder.
+    """
+    files = _read_manifest(folder)["files"]
+    return [
+        name
+        for name, digest in sorted(files.items())
+        if name.startswith("artefacts/") and (folder / name).is_file() and _sha256(folder / name) != digest
+    ]
 
 
 def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedModel:

@@ -354,3 +354,75 @@ def test_an_artefact_that_the_runtime_refuses_is_one_line(vendor: Path, qhw_run:
     artefact = next((vendor / "artefacts").iterdir())
     artefact.write_bytes(b"nonsense")
     check_one_line(qhw_run("verify", str(vendor)), artefact.name)
+
+
+def test_an_artefact_that_was_changed_is_said_where_it_is_not_run(exact: Path, qhw_run: Run) -> None:
+    assert json.loads(qhw_run("verify", str(exact), "--json").out)["changed"] == []
+    artefact = next((exact / "artefacts").iterdir())
+    artefact.write_bytes(b"nonsense")
+    words = " ".join(qhw_run("verify", str(exact)).out.split())
+    assert f"Changed artefacts/{artefact.name}: not as exported (SHA-256 differs)" in words
+    assert json.loads(qhw_run("verify", str(exact), "--json").out)["changed"] == [f"artefacts/{artefact.name}"]
+
+
+RESULT_FILES = (
+    *("manifest.json", "target.json", "plan.json", "graph.json", "steps.json"),
+    *("tensors.safetensors", "samples.safetensors"),
+)
+
+
+@pytest.mark.parametrize("command", ["verify", "accumulators", "golden"])
+def test_a_file_that_is_cut_short_or_missing_is_one_line_that_names_it(exact: Path, qhw_run: Run, command: str) -> None:
+    more = ("--out", "vectors") if command == "golden" else ()
+    for name in RESULT_FILES:
+        content = (exact / name).read_bytes()
+        (exact / name).write_bytes(content[: len(content) // 2])
+        check_one_line(qhw_run(command, str(exact), *more), f"{name}: ")
+        (exact / name).unlink()
+        check_one_line(qhw_run(command, str(exact), *more), name)
+        (exact / name).write_bytes(content)
+    assert qhw_run(command, str(exact), *more).status == 0
+
+
+def test_paths_with_spaces_and_letters_of_other_alphabets(exact: Path, qhw_run: Run, folder: Path) -> None:
+    place = folder / "my \u7d50\u679c \u00e9"
+    shutil.move(exact, place)
+    np.save(folder / "\u00fc.npy", np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32))
+    ran = qhw_run("verify", str(place), "--data", "\u00fc.npy")
+    assert ran.status == 0, ran.err
+    assert f"'qhw golden \"{place}\" --out vectors'" in ran.out
+    assert qhw_run("golden", str(place), "--out", "v \u00e9").status == 0
+    assert qhw_run("accumulators", str(place), "--witness", "\u00fc.npz").status == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "golden"])
+def test_ctrl_c_is_one_line_with_status_130_and_leaves_nothing(
+    exact: Path, qhw_run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from qhw.integer import IntegerModel
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IntegerModel, "_run", interrupted)
+    before = sorted(path.name for path in folder.iterdir())
+    ran = qhw_run(command, str(exact), *(("--out", "vectors") if command == "golden" else ()))
+    assert (ran.status, ran.out) == (130, "")
+    assert ran.err == "interrupted: nothing was written. Run the same command again.\n"
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_bars_are_taken_away_before_an_error_is_printed(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qhw
+    from qhw.engine import RichProgress
+    from qhw.errors import IntegerError
+    from qhw.integer import IntegerModel
+
+    def broken(*_: object, **__: object) -> None:
+        raise IntegerError("it does not work")
+
+    monkeypatch.setattr(IntegerModel, "codes", broken)
+    progress = RichProgress()
+    with pytest.raises(IntegerError, match="it does not work") as caught:
+        qhw.verify(qhw.load(exact), progress=progress)
+    assert caught.tb is not None and progress._bars is None
