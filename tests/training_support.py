@@ -96,9 +96,7 @@ def quantized(
     data = images() if data is None else data
     model = network() if model is None else model
     accelerator = words.pop("accelerator", None) or target(**words)
-    return qhw.quantize(
-        model, accelerator, example_inputs=data[:2], calibration=data, pipeline=pipeline, **wishes
-    )
+    return qhw.quantize(model, accelerator, example_inputs=data[:2], calibration=data, pipeline=pipeline, **wishes)
 
 
 def trainable(*arguments: Any, train: dict[str, Any] | None = None, **words: Any) -> QuantizedModel:

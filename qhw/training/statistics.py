@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from qhw.engine import Calibration, CalibrationData, QuantizedModel
-from qhw.errors import TrainingError
 from qhw.training.batch_norm import DoubleForward, NormLayer
 
 __all__ = ["reestimated"]
@@ -26,8 +25,7 @@ def reestimated(result: QuantizedModel, data: CalibrationData) -> Iterator[None]
         data: Batches as `qhw.quantize` takes them.
 
     Raises:
-        TrainingError: there are no batches.
-        CalibrationError: the data does not fit the model.
+        CalibrationError: the data is empty, or does not fit the model.
     """
     layers = [module for module in result.modules() if isinstance(module, NormLayer)]
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers]
@@ -64,8 +62,6 @@ def _average(result: QuantizedModel, layers: list[NormLayer], data: CalibrationD
             if isinstance(layer, DoubleForward):
                 layer.freeze_after = freeze_after
         result.train(mode)
-    if not total:
-        raise TrainingError("freeze: calibration has no batches. Pass some, or leave it out.")
 
 
 @torch.no_grad()
