@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
 from qhw.graph import MOVEMENT_KINDS
+from qhw.integer.approximation import approximation_of
 from qhw.integer.elementwise import lower_add, lower_mul
+from qhw.integer.hard_swish import lower_hard_swish, lower_rsqrt
 from qhw.integer.movement import lower_concat, lower_movement, regridded
 from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
 from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
+from qhw.integer.resize import lower_resize
 from qhw.integer.site import Site, sites
+from qhw.integer.softmax import lower_log_softmax, lower_softmax
 from qhw.integer.tables import lower_clip, lower_slopes, lower_table
 
 __all__ = ["Obstacle", "lower"]
@@ -30,12 +34,18 @@ _FORMS: Mapping[str, Callable[[Site], Lowered]] = {
     **dict.fromkeys(("Relu", "Clip"), lower_clip),
     **dict.fromkeys(("LeakyRelu", "Abs"), lower_slopes),
     **dict.fromkeys(
-        ("Sigmoid", "Tanh", "Elu", "HardSigmoid", "HardSwish", "Silu", "Mish", "Softplus", "Gelu",
-         "Exp", "Sqrt", "Rsqrt", "Log", "Neg"),
+        ("Sigmoid", "Tanh", "Elu", "HardSigmoid", "Silu", "Mish", "Softplus", "Gelu", "Exp", "Sqrt", "Log", "Neg",
+         "Pow"),
         lower_table,
     ),
+    "HardSwish": lower_hard_swish,
+    "Rsqrt": lower_rsqrt,
+    "Softmax": lower_softmax,
+    "LogSoftmax": lower_log_softmax,
+    "Resize": lower_resize,
     **dict.fromkeys(MOVEMENT_KINDS, lower_movement),
 }  # fmt: skip
+_IN_FIXED_POINT = ("HardSwish", "Rsqrt", "Softmax", "LogSoftmax", "Resize")
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,6 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
 
 
 def _check_approximation(site: Site) -> None:
-    """What computes something else than the operator is a table, or has no form here."""
-    rule = site.spec.approximation
-    if rule is not None and (rule == "unknown" or rule.kind != "table"):
-        raise IntegerError(f"{site.path}.approximation must be a table to be executed exactly")
+    """What computes something else than the operator is a table or in fixed point, or has no form here."""
+    if site.spec.approximation is not None:
+        approximation_of(site, "table", *(("fixed_point",) if site.operator.kind in _IN_FIXED_POINT else ()))

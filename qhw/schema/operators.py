@@ -107,14 +107,45 @@ class RealRange(Table):
 class Approximation(Table):
     """What the hardware computes in place of the exact function."""
 
-    kind: Literal["table", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None = used(
-        "A look-up table, linear segments, a fixed fraction, a hard variant, or a parameter rounded to a grid.",
+    kind: (
+        Literal["table", "fixed_point", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None
+    ) = used(
+        "A look-up table, integers with a fixed point (Softmax, LogSoftmax, HardSwish, Rsqrt, Resize), linear "
+        "segments, a fixed fraction, a hard variant, or a parameter rounded to a grid.",
         recorded_values=("piecewise_linear", "fraction", "hard", "rounded_parameter"),
     )
     segments: Count | Unknown | None = recorded("Linear segments.")
     entries: Count | Unknown | None = used("Entries of a look-up table.")
     sample_step: Count | Unknown | None = recorded(
         "Codes between two sampled entries; values between are interpolated."
+    )
+    quotient: Literal["division", "reciprocal"] | Unknown | None = used(
+        "How a table's real y becomes a code of scale s, each step in float32: y / s; y (1 / s). Of a Softmax with "
+        "exponentials e: e / sum / s; e (1 / (sum s)). Absent: division."
+    )
+    function: Literal["erfc"] | Unknown | None = used(
+        "`erfc`: Gelu, unless it is approximated by tanh, as x / 2 erfc(-x / sqrt(2)), each step in float32. Absent: "
+        "as the model has it, in float32."
+    )
+    outside: Literal["lowest", "highest", "refuse"] | Unknown | None = used(
+        "Code where the function has no value, as Log from 0 down: the lowest, the highest, or none, and what meets "
+        "one ends."
+    )
+    integer_bits: Count | Unknown | None = used(
+        "Softmax, LogSoftmax in fixed point: bits left of the point, of 31, in scaled distances from the largest code."
+    )
+    sum_integer_bits: Count | Unknown | None = used(
+        "Softmax, LogSoftmax in fixed point: bits left of the point, of 31, in the sum of exponentials."
+    )
+    multiplier_bits: Count | Unknown | None = used(
+        "HardSwish in fixed point: bits of its two multipliers, and of its operands without their sign."
+    )
+    fraction_bits: Count | Unknown | None = used(
+        "Bilinear Resize in fixed point: bits right of the point in a position between two elements."
+    )
+    position: Literal["float32_ratio", "float32_quotient", "exact"] | Unknown | None = used(
+        "Nearest Resize: element floor(i r) in float32, r = size / new size; floor(i / q), q = new size / size; or the "
+        "exact floor(i size / new size)."
     )
     constants: dict[str, Real] | Unknown | None = recorded(
         'Named constants: {"3x3" = 0.109375} or {denominator = 256}.'

@@ -20,130 +20,27 @@ from typing import Any
 
 import numpy as np
 
-Array = Any
-Entry = dict[str, Any]
-Found = dict[str, Array]
-
-
-class Unusable(Exception):
-    """The files cannot be read, or say what this script does not know."""
+from qhw.vectors.check_arithmetic import (
+    Array,
+    Entry,
+    Found,
+    Unusable,
+    away,
+    divide,
+    floats,
+    fma,
+    logarithm,
+    multiply,
+    reciprocal,
+    requantize,
+    whole,
+    wrap,
+    zeros,
+)
 
 
 class Differs(Exception):
     """A layer and how it differs."""
-
-
-# Rounding.
-
-
-def divide(n: Array, d: Array, rule: str) -> Array:
-    """round(n / d) of whole numbers, d > 0, exact."""
-    low = n // d
-    twice = 2 * (n - low * d)
-    if rule == "floor":
-        return low
-    if rule == "toward_zero":
-        return low + ((n < 0) & (twice > 0))
-    if rule == "half_to_plus_infinity":
-        return low + (twice >= d)
-    if rule == "half_away_from_zero":
-        return low + ((twice > d) | ((twice == d) & (n >= 0)))
-    if rule == "half_even":
-        return low + ((twice > d) | ((twice == d) & (low % 2 == 1)))
-    raise Unusable(f"rounding '{rule}' is not known to this script")
-
-
-def whole(x: Array, rule: str) -> Array:
-    """round(x) of floats: their fraction is exact in float64."""
-    x = np.clip(x.astype(np.float64), -(2.0**62), 2.0**62)
-    low = np.floor(x)
-    rest = x - low
-    if rule == "floor":
-        up = np.zeros(x.shape, bool)
-    elif rule == "toward_zero":
-        up = (x < 0) & (rest > 0)
-    elif rule == "half_to_plus_infinity":
-        up = rest >= 0.5
-    elif rule == "half_away_from_zero":
-        up = (rest > 0.5) | ((rest == 0.5) & (x > 0))
-    elif rule == "half_even":
-        up = (rest > 0.5) | ((rest == 0.5) & (low % 2 == 1))
-    else:
-        raise Unusable(f"rounding '{rule}' is not known to this script")
-    return low.astype(np.int64) + up
-
-
-def wrap(x: Array, bits: int) -> Array:
-    """Two's complement of a width."""
-    half = 1 << (bits - 1)
-    return (x + half) % (2 * half) - half
-
-
-# From sums to codes.
-
-
-def integers(values: list[Any], facts: Entry) -> Array:
-    """Multipliers or shifts, in a shape that broadcasts against sums."""
-    return np.array(values, np.int64).reshape(facts["shape"])
-
-
-def floats(facts: Entry) -> Array:
-    """float32 or float64 factors, in a shape that broadcasts against sums."""
-    kind = "float32" if "float32" in facts else "float64"
-    return np.array([float.fromhex(text) for text in facts[kind]], kind).reshape(facts["shape"])
-
-
-def requantize(acc: Array, r: Entry) -> Array:
-    """Codes before the clamp."""
-    if r["kind"] == "float32":
-        product = acc.astype(np.float32) * floats(r)
-        if r["zero_point_before"]:
-            return whole(product + np.float32(r["zero_point"]), r["rounding"])
-        return whole(product, r["rounding"]) + r["zero_point"]
-    if r["kind"] == "float64":
-        return whole(acc.astype(np.float64) * floats(r), r["rounding"]) + r["zero_point"]
-    if r["kind"] not in ("shift", "fixed_point"):
-        raise Unusable(f"requantization '{r['kind']}' is not known to this script")
-    shift = integers(r["shift"], r)
-    if r["kind"] == "shift":
-        return power(acc, shift, r["rounding"]) + r["zero_point"]
-    multiplier, bits = integers(r["multiplier"], r), r["multiplier_bits"]
-    if not r["rounding"].startswith("double"):
-        return power(times(acc, multiplier), shift + bits, r["rounding"]) + r["zero_point"]
-    # gemmlowp: shift left in a register of bits + 1 bits, high half of the product, rounding shift right.
-    left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
-    high = power(times(wrap(power(acc, -left, "floor"), bits + 1), multiplier), np.array(bits), "half_to_plus_infinity")
-    last = "half_to_plus_infinity" if r["rounding"] == "double_half_to_plus_infinity" else "half_away_from_zero"
-    return power(high, right, last) + r["zero_point"]
-
-
-def times(a: Array, b: Array) -> Array:
-    """Products; in Python's integers where int64 is too narrow."""
-    return a.astype(object) * b if largest(a) * largest(b) >= 2**62 else a * b
-
-
-def power(n: Array, shift: Array, rule: str) -> Array:
-    """round(n / 2^shift); a negative shift multiplies."""
-    left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
-    if largest(right) > 60 or largest(n) << largest(left) >= 2**62:
-        n, left, right = n.astype(object), left.astype(object), right.astype(object)
-    found = divide(n << left, np.left_shift(1, right), rule)
-    return found.astype(np.int64) if largest(found) < 2**63 else found
-
-
-def largest(x: Array) -> int:
-    return max(abs(int(x.max())), abs(int(x.min()))) if x.size else 0
-
-
-def fma(a: Array, b: Array, c: Array) -> Array:
-    """float32 a * b + c, rounded once: the sum in float64 goes to its odd neighbour where it is inexact."""
-    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + c
-    part = total - product
-    lost = (product - (total - part)) + (c - part)
-    even = total.view(np.int64) % 2 == 0
-    towards = np.where(lost > 0, np.inf, -np.inf)
-    return np.where((lost != 0) & even, np.nextafter(total, towards), total).astype(np.float32)
 
 
 # Sums of products.
@@ -347,10 +244,63 @@ def join(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
     return np.stack(parts, facts["axis"]) if facts["stacked"] else np.concatenate(parts, facts["axis"])
 
 
+# Softmax and Resize.
+
+
+def exponentials(op: Entry, x: Array, constants: Found) -> tuple[Array, Array, Array]:
+    """Distances to the largest code, their exponentials and the sum of these."""
+    facts = op["facts"]
+    distance = x.max(facts["axis"], keepdims=True) - x
+    e = constants["exponentials"].astype(np.int64)[distance]
+    return distance, e, away(e, facts["sum_integer_bits"]).sum(facts["axis"], keepdims=True)
+
+
+def softmax_fixed_point(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
+    facts = op["facts"]
+    _, e, total = exponentials(op, xs[0], constants)
+    n = zeros(total)
+    shift = facts["sum_integer_bits"] - n + 31 - facts["bits"]
+    return away(multiply(e, reciprocal((total << n) - 2**31)), shift) + op["output"]["quant_min"]
+
+
+def log_softmax_fixed_point(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
+    facts = op["facts"]
+    distance, _, total = exponentials(op, xs[0], constants)
+    log = logarithm(total, facts["sum_integer_bits"], facts["integer_bits"])
+    least = np.maximum(facts["least"] - 1, requantize(log - 2**31, op["requantize"]))
+    codes = away(constants["scaled"].astype(np.int64)[distance] - log, facts["shift"]) + facts["zero_point"]
+    return np.where(-distance > least, codes, op["output"]["quant_min"])
+
+
+def softmax_float32(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
+    """Exponentials summed in float32 along the axis, one after another."""
+    facts, scale = op["facts"], np.float32(op["output"]["scale"])
+    axis = facts["axis"]
+    e = floats(facts["exponentials"])[xs[0].max(axis, keepdims=True) - xs[0]]
+    total = np.take(np.zeros_like(e), [0], axis)
+    for index in range(e.shape[axis]):
+        total = total + np.take(e, [index], axis)
+    inverse = facts["quotient"] == "reciprocal"
+    real = e * (np.float32(1) / (total * scale)) if inverse else e / total / scale
+    return whole(real, facts["rounding"]) + op["output"]["zero_point"]
+
+
+def interpolate(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
+    """Four codes each, weighted by their distances in whole numbers."""
+    facts, one = op["facts"], 1 << op["facts"]["fraction_bits"]
+    x = xs[0] + facts["offset"]
+    for name, axis in (("row", -2), ("column", -1)):
+        lower, upper, part = (constants[f"{name}.{end}"].astype(np.int64) for end in ("lower", "upper", "fraction"))
+        part = part.reshape(-1, *[1] * (-1 - axis))
+        x = np.take(x, lower, axis) * (one - part) + np.take(x, upper, axis) * part
+    return divide(x, np.array(one * one), facts["rounding"]) + facts["zero_point"]
+
+
 Rule = Callable[[Entry, list[Array], Found, Found], "Array | None"]
 _NAMED: tuple[Rule, ...] = (
     *(sum_of_products, quotient, real_average, product, add_float32, add_fused_float32, add_fixed_point),
-    *(extremum, table, clamp, move, join),
+    *(extremum, table, clamp, move, join, interpolate),
+    *(softmax_fixed_point, log_softmax_fixed_point, softmax_float32),
 )
 RULES = {"sum": sum_rule, **{rule.__name__: rule for rule in _NAMED}}
 

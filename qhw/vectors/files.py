@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from qhw.integer.model import Executed, IntegerModel
 from qhw.vectors.arrays import ArrayStore
 from qhw.vectors.collect import VectorReader, codes_array, grid
 from qhw.vectors.header import write_header
+from qhw.vectors.script import check_script
 
 __all__ = ["FILES", "GoldenVectors", "write_golden"]
 
@@ -82,7 +82,7 @@ def write_golden(
             arrays = store.write_npz(inside / "vectors.npz", progress.track(keys, "golden: write", len(keys)))
             with (inside / "vectors.h").open("w", encoding="ascii", newline="\n") as file:
                 left_out = write_header(file, manifest, store, header_limit)
-        shutil.copyfile(Path(__file__).with_name("check.py"), inside / "check.py")
+        (inside / "check.py").write_text(check_script(), encoding="utf-8")
         hashes = {name: _sha256(inside / name) for name in FILES if name != "manifest.json"}
         manifest |= {"header": {"limit_bytes": header_limit, "left_out": left_out}, "files": hashes, "arrays": arrays}
         (inside / "manifest.json").write_text("".join(_json(manifest)) + "\n", encoding="utf-8", newline="\n")

@@ -27,6 +27,7 @@ ROWS: dict[str, tuple[str, dict[str, object], list[tuple[int, ...]], list[list[i
     "GlobalAveragePool": ("GlobalAveragePool", {}, [IMAGE], [], 1),
     "MaxPool": ("MaxPool", LOOP, [IMAGE], [], 1),
     "ReduceMax": ("ReduceMax", {}, [IMAGE], [[2, 3]], 1),
+    "ReduceMin": ("ReduceMin", {}, [IMAGE], [[2, 3]], 1),
     "Sigmoid": ("Sigmoid", {}, [IMAGE], [], 1),
     "LeakyRelu": ("LeakyRelu", {}, [IMAGE], [], 1),
     "Softmax": ("Softmax", {"axis": 1}, [(2, 10)], [], 1),

@@ -56,14 +56,51 @@ def test_a_table_of_sixteen_bits_has_an_entry_for_every_code() -> None:
 @pytest.mark.parametrize(
     ("approximation", "reason"),
     [
-        ("", r"operators\.Sigmoid\.approximation must be a table"),
-        (', approximation = "unknown"', r"operators\.Sigmoid\.approximation must be a table"),
-        (', approximation = { kind = "piecewise_linear" }', r"operators\.Sigmoid\.approximation must be a table"),
-        (', approximation = { kind = "unknown" }', r"operators\.Sigmoid\.approximation must be a table"),
+        ("", r"operators\.Sigmoid\.approximation is not stated"),
+        (', approximation = "unknown"', r"operators\.Sigmoid\.approximation is 'unknown'"),
+        (', approximation = { kind = "unknown" }', r"operators\.Sigmoid\.approximation\.kind is 'unknown', and must"),
+        (", approximation = { segments = 4 }", r"operators\.Sigmoid\.approximation\.kind is not stated, and must"),
+        (
+            ', approximation = { kind = "piecewise_linear" }',
+            r'operators\.Sigmoid\.approximation\.kind = "piecewise_linear" cannot be executed exactly; kinds that',
+        ),
+        (
+            ', approximation = { kind = "fixed_point" }',
+            r'operators\.Sigmoid\.approximation\.kind = "fixed_point" cannot be executed exactly; kinds that',
+        ),
+        (
+            ', approximation = { kind = "table", quotient = "unknown" }',
+            r"operators\.Sigmoid\.approximation\.quotient is 'unknown'",
+        ),
+        (
+            ', approximation = { kind = "table", function = "unknown" }',
+            r"operators\.Sigmoid\.approximation\.function is 'unknown'",
+        ),
+        (
+            ', approximation = { kind = "table", function = "erfc" }',
+            r'operators\.Sigmoid\.approximation\.function = "erfc" is no form of Sigmoid',
+        ),
+        (
+            ', approximation = { kind = "table" }, rounding = "selectable"',
+            r'operators\.Sigmoid\.rounding = "selectable" names no single rounding',
+        ),
         (', approximation = { kind = "table", sample_step = 2 }', "with interpolation cannot be executed yet"),
         (', approximation = { kind = "table", entries = 64 }', "64"),
     ],
-    ids=["absent", "unknown", "linear", "kind-unknown", "interpolated", "fewer-entries-than-codes"],
+    ids=[
+        "absent",
+        "unknown",
+        "kind-unknown",
+        "kind-absent",
+        "linear",
+        "fixed-point",
+        "quotient-unknown",
+        "function-unknown",
+        "function-of-another",
+        "rounding",
+        "interpolated",
+        "fewer-entries-than-codes",
+    ],
 )
 def test_a_function_that_is_no_full_table_is_named(approximation: str, reason: str) -> None:
     text = reference.text().replace(
