@@ -12,14 +12,15 @@ def argument(path: Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """A number and its noun, as `1 layer`, `2 layers`.
 
     Args:
         number: How many.
-        noun: In the singular; its plural takes an s.
+        noun: In the singular.
+        plural: Absent: the noun with an s.
     """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.engine import MatrixForm
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
@@ -68,7 +68,8 @@ class AccumulatorProjection(Algorithm):
                 figures[group] = _fit(work, group, operator)
         changed = [site for site in figures.values() if site["channels"]]
         channels = sum(int(str(site["channels"])) for site in changed)
-        summary = f"no sum of {len(figures)} weights can overflow; {channels} channels of {len(changed)} made to fit"
+        start = f"no sum of {counted(len(figures), 'weight')} can overflow"
+        summary = f"{start}; {counted(channels, 'channel')} of {len(changed)} made to fit"
         summary += lowest({name: site for name, site in figures.items() if site["channels"]})
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 

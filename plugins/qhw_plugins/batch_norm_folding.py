@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhw.decisions import Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
 from qhw.numerics import ChannelNormal, FoldedBatchNorm
@@ -55,7 +55,9 @@ class BatchNormFolding(Algorithm):
                 work.normals[producer.name] = normal_of(work.graph, norm)
                 work.folded_norms[producer.name] = folded_norm_of(work.graph, norm)
                 fold(work.graph, producer, norm)
-        return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} batch norms folded")
+        return StepReport(
+            stage=step.stage, algorithm=self.name, summary=f"{counted(len(step.sites), 'batch norm')} folded"
+        )
 
 
 def normal_of(graph: Graph, norm: Operator) -> ChannelNormal:

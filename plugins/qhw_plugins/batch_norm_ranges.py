@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.errors import PlanError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
@@ -96,7 +96,8 @@ class BatchNormRanges(Algorithm):
             low, high = work.bounded(group, min(low for low, _ in ends), max(high for _, high in ends))
             work.set_qparams(group, qparams_from_range(low, high, work.grid(group), name=group))
             figures[group] = {"min": float(low), "max": float(high)}
-        summary = f"{len(figures)} activation ranges from batch norms, {self.options.alpha:g} standard deviations wide"
+        ranges = counted(len(figures), "activation range")
+        summary = f"{ranges} from batch norms, {self.options.alpha:g} standard deviations wide"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import VIEW_KINDS, Graph, Operator, Placement
 from qhw.schema import TargetSpec
@@ -123,7 +123,7 @@ class BiasAbsorption(Algorithm):
             }
         absorb(work.graph, pairs, amounts)
         channels = sum(int((amount > 0).sum()) for amount in amounts)
-        summary = f"{channels} channels of {len(pairs)} operators absorbed"
+        summary = f"{counted(channels, 'channel')} of {counted(len(pairs), 'operator')} absorbed"
         return StepReport(
             stage=step.stage, algorithm=self.name, summary=summary, sites={site: figures[site] for site in step.sites}
         )

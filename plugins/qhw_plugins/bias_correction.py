@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.engine import Layer, layers
 from qhw.errors import PlanError, RangeError
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
@@ -78,7 +78,7 @@ class EmpiricalBiasCorrection(Algorithm):
             count = sum(map(len, layer.inputs))
             shift = _mean_error(work, layer)
             figures[layer.group] = _correct(work.graph, layer.operator, shift)
-        summary = f"{len(figures)} biases corrected by {count} samples"
+        summary = f"{counted(len(figures), 'bias', 'biases')} corrected by {counted(count, 'sample')}"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 
@@ -140,7 +140,7 @@ class AnalyticBiasCorrection(Algorithm):
             change = work.quantized_weight(group).double() - work.reference.tensor(name).detach().double()
             shift = after_weights(operator, change, x.moments).mean
             figures[group] = _correct(work.graph, operator, shift)
-        summary = f"{len(figures)} biases corrected by what batch norms tell of their inputs"
+        summary = f"{counted(len(figures), 'bias', 'biases')} corrected by what batch norms tell of their inputs"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

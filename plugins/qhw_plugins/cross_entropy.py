@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import cross_entropy_qparams
@@ -68,7 +68,9 @@ class CrossEntropy(Algorithm):
             low, high = work.bounded(group, logits.min(), logits.max())
             work.set_qparams(group, cross_entropy_qparams(logits.clamp(low, high), work.grid(group), group))
             figures[group] = {"min": float(logits.min()), "max": float(logits.max()), "rows": len(logits)}
-        summary = f"{len(seen)} ranges of logits from {context.calibration.num_samples} samples"
+        summary = (
+            f"{counted(len(seen), 'range')} of logits from {counted(context.calibration.num_samples or 0, 'sample')}"
+        )
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

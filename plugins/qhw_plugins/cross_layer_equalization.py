@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement
 from qhw.schema import TargetSpec
@@ -87,7 +87,7 @@ class CrossLayerEqualization(Algorithm):
             for pair, scale in zip(chain, scales.scales, strict=True):
                 if pair.first.name in work.normals:
                     work.normals[pair.first.name] = work.normals[pair.first.name].scaled(1.0 / scale)
-        summary = f"{len(pairs)} pairs equalized"
+        summary = f"{counted(len(pairs), 'pair')} equalized"
         return StepReport(
             stage=step.stage, algorithm=self.name, summary=summary, sites={site: figures[site] for site in step.sites}
         )

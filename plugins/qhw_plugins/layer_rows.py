@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json
+from qhw.decisions import Json, counted
 from qhw.engine import Layer
 from qhw.numerics import QParams, expand
 
@@ -164,4 +164,4 @@ def gain_words(figures: Mapping[str, Mapping[str, Any]]) -> str:
     gain = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else 1.0
     # One sample alone cannot be held back: then the rows that were learned from are the judge.
     judge = "held-back output error" if all(s["is_held_back"] for s in figures.values()) else "output error as learned"
-    return f"{len(figures)} weights; {judge} {gain:.2f} times lower than nearest rounding's"
+    return f"{counted(len(figures), 'weight')}; {judge} {1 / gain:.2f} of nearest rounding's"

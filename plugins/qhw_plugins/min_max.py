@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from qhw.decisions import Json, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey, counted
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import MinMax, qparams_from_range, range_of
@@ -37,7 +37,7 @@ class MinMaxWeights(Algorithm):
             weight, granularity = work.weight(group), work.granularity(group)
             low, high = range_of(weight, granularity)
             work.set_qparams(group, qparams_from_range(low, high, work.grid(group), granularity, group))
-        return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} weight ranges")
+        return StepReport(stage=step.stage, algorithm=self.name, summary=counted(len(step.sites), "weight range"))
 
 
 class MinMaxActivations(Algorithm):
@@ -68,7 +68,9 @@ class MinMaxActivations(Algorithm):
         figures: dict[str, dict[str, Json]] = {
             group: {"min": float(s.min), "max": float(s.max)} for group, s in seen.items()
         }
-        summary = f"{len(seen)} activation ranges from {context.calibration.num_samples} samples"
+        summary = (
+            f"{counted(len(seen), 'activation range')} from {counted(context.calibration.num_samples or 0, 'sample')}"
+        )
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from qhw.decisions import Json, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey, counted
 from qhw.engine import MICRO_BATCH
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
@@ -67,7 +67,9 @@ class MovingAverage(Algorithm):
                 "low": float(low),
                 "high": float(high),
             }
-        summary = f"{len(seen)} activation ranges from {context.calibration.num_samples} samples"
+        summary = (
+            f"{counted(len(seen), 'activation range')} from {counted(context.calibration.num_samples or 0, 'sample')}"
+        )
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

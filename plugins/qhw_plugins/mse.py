@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey, counted
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, mse_qparams_from_histogram, mse_qparams_from_tensor
@@ -74,7 +74,7 @@ class MseWeights(Algorithm):
                 search=self.options.search,
             )
             work.set_qparams(group, qparams)
-        return StepReport(stage=step.stage, algorithm=self.name, summary=f"{len(step.sites)} weight ranges")
+        return StepReport(stage=step.stage, algorithm=self.name, summary=counted(len(step.sites), "weight range"))
 
 
 class MseActivations(Algorithm):
@@ -117,7 +117,9 @@ class MseActivations(Algorithm):
         figures: dict[str, dict[str, Json]] = {
             group: {"min": float(s.min), "max": float(s.max)} for group, s in seen.items()
         }
-        summary = f"{len(seen)} activation ranges from {context.calibration.num_samples} samples"
+        summary = (
+            f"{counted(len(seen), 'activation range')} from {counted(context.calibration.num_samples or 0, 'sample')}"
+        )
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

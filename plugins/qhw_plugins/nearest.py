@@ -4,7 +4,7 @@
 import math
 from typing import Any
 
-from qhw.decisions import Reason, Resources, Step, StepReport, Survey
+from qhw.decisions import Reason, Resources, Step, StepReport, Survey, counted
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.schema import TargetSpec
@@ -38,7 +38,7 @@ class Nearest(Algorithm):
             figures[group] = {"sqnr_db": round(10 * math.log10(float(power / error)), 2) if error and power else None}
         known = [f["sqnr_db"] for f in figures.values() if f["sqnr_db"] is not None]
         worst = f", lowest SQNR {min(known):.1f} dB" if known else ""
-        summary = f"{len(figures)} weights rounded to nearest{worst}"
+        summary = f"{counted(len(figures), 'weight')} rounded to nearest{worst}"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

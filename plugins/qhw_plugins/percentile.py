@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey, counted
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, percentile_range_of, qparams_from_range, range_of
@@ -61,7 +61,7 @@ class PercentileWeights(Algorithm):
             low, high = _alive(percentile_range_of(weight, granularity, self.options.percentile), whole)
             work.set_qparams(group, qparams_from_range(low, high, work.grid(group), granularity, group))
             figures[group] = {"clipped": int(((low > whole[0]) | (high < whole[1])).sum())}
-        summary = f"{len(step.sites)} weight ranges"
+        summary = counted(len(step.sites), "weight range")
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 
@@ -102,7 +102,9 @@ class PercentileActivations(Algorithm):
                 "low": float(low),
                 "high": float(high),
             }
-        summary = f"{len(seen)} activation ranges from {context.calibration.num_samples} samples"
+        summary = (
+            f"{counted(len(seen), 'activation range')} from {counted(context.calibration.num_samples or 0, 'sample')}"
+        )
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
 

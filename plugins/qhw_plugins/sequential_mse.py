@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Json, Resources, Step, StepReport, Survey
+from qhw.decisions import Json, Resources, Step, StepReport, Survey, counted
 from qhw.engine import Layer, improve_layers
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
@@ -60,7 +60,7 @@ class SequentialMse(Algorithm):
         figures = improve_layers(
             work, context, step, self._choose, samples=self.options.samples, label="sequential MSE"
         )
-        summary = f"{len(figures)} weight ranges by the error of outputs"
+        summary = f"{counted(len(figures), 'weight range')} by the error of outputs"
         return StepReport(stage=step.stage, algorithm=self.name, summary=summary, sites=figures)
 
     def _choose(self, work: Any, layer: Layer, seed: int) -> dict[str, Json]:

@@ -193,7 +193,7 @@ def test_biases_follow_equation_23(prepare: Prepare, kind: str) -> None:
     assert done.reports["bias_absorption"].sites == {
         "0": {"channels": 4, "absorbed": 2, "largest": 2.0, "from": "batch_norm", "zero_padding": kind == "padded"}
     }
-    assert done.reports["bias_absorption"].summary == "2 channels of 1 operators absorbed"
+    assert done.reports["bias_absorption"].summary == "2 channels of 1 operator absorbed"
 
 
 def above(model: Any, size: int = 7) -> Tensor:
@@ -258,7 +258,7 @@ def test_amounts_below_zero_absorb_nothing(prepare: Prepare) -> None:
     done = prepare(model, torch.randn(2, 3, 7, 7))
     for name in ("0.bias", "3.bias"):
         assert torch.equal(done.work.graph.tensor(name), done.before.graph.tensor(name))
-    assert done.reports["bias_absorption"].summary == "0 channels of 1 operators absorbed"
+    assert done.reports["bias_absorption"].summary == "0 channels of 1 operator absorbed"
 
 
 def test_after_equalization_beta_and_gamma_are_those_of_the_rescaled_channels(prepare: Prepare) -> None:

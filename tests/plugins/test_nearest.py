@@ -34,7 +34,7 @@ def test_the_signal_to_noise_ratio_is_in_db(quantize: Quantize) -> None:
     report = next(step for step in result.steps if step.algorithm == "nearest")
     wanted = 10 * math.log10((127**2 + 0.0625) / 0.0625)  # signal 127**2 + 1/16, noise 1/16
     assert report.sites["0.weight"]["sqnr_db"] == pytest.approx(wanted, abs=0.005)
-    assert report.summary == f"1 weights rounded to nearest, lowest SQNR {wanted:.1f} dB"
+    assert report.summary == f"1 weight rounded to nearest, lowest SQNR {wanted:.1f} dB"
 
 
 @pytest.mark.parametrize("weight", [[[127.0, 1.0]], [[0.0, 0.0]]], ids=["no-error", "no-weight"])
@@ -42,7 +42,7 @@ def test_a_ratio_that_does_not_exist_is_left_out(quantize: Quantize, weight: lis
     result = quantize(linear(weight), torch.randn(32, 2), prefer=COVER)
     report = next(step for step in result.steps if step.algorithm == "nearest")
     assert report.sites == {"0.weight": {"sqnr_db": None}}
-    assert report.summary == "1 weights rounded to nearest"
+    assert report.summary == "1 weight rounded to nearest"
 
 
 def test_a_weight_without_a_scale_is_named(quantize: Quantize) -> None:
