@@ -19,7 +19,7 @@ Array = NDArray[Any]
 # The first version of each operator that has int8 tensors, per channel where there are weights.
 _VERSIONS = {
     "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "TRANSPOSE_CONV": 3, "RESHAPE": 1, "DEPTH_TO_SPACE": 1,
-    "RELU_N1_TO_1": 1,
+    "RELU_N1_TO_1": 1, "HARD_SWISH": 1,
 }  # fmt: skip
 _INT8_VERSION = 2
 _KINDS = {np.dtype(np.int8): "INT8", np.dtype(np.int32): "INT32"}

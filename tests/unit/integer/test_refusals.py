@@ -95,8 +95,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         "Max needs two activations and its result on one grid to be exact",
     ),
     "no form": (
-        lambda: nn.Softmax(1), (X,), reference.text(), lambda t: t + 'operators.Softmax = { kernels = ["two"] }',
-        "Softmax has no integer form in qhw yet",
+        lambda: FunctionOf(lambda x: x / x), (X,), reference.text(),
+        lambda t: t + 'operators.Div = { kernels = ["two"] }',
+        "Div has no integer form in qhw yet",
     ),
     "a negative slope": (
         lambda: nn.LeakyReLU(-0.5), (X,), reference.text(without=("LeakyRelu",)),
