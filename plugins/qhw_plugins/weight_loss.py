@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qhw.decisions import Json
 
-# What weights of 3 bits keep: normal ones 14.3 dB on their best uniform grid of 8 steps (Max, 1960). Narrow accumulators
-# cost ResNet-20 1.0 points of accuracy where its worst layer keeps 16.9 dB, 4.5 at 10.9 dB, 43 at 5.2 dB.
+# What weights of 3 bits keep: normal ones 14.3 dB on their best uniform grid of 8 steps (Max, 1960). Accumulators that
+# are too narrow cost ResNet-20 1.0 points of accuracy where its worst layer keeps 16.9 dB, 4.5 at 10.9 dB, 43 at 5.2.
 WARN_BELOW_DB = 15.0
 
 

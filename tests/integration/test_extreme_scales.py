@@ -54,8 +54,8 @@ def model(weights: float, biases: float, only: int | None) -> nn.Module:
     )
     with torch.no_grad():
         for index in (0, 2, 4) if only is None else (only,):
-            net[index].weight.mul_(weights)  # type: ignore[union-attr,operator]
-            net[index].bias.mul_(biases)  # type: ignore[union-attr,operator]
+            net[index].weight.mul_(weights)  # type: ignore[operator]
+            net[index].bias.mul_(biases)  # type: ignore[operator]
     return net.eval()
 
 

@@ -32,7 +32,7 @@ operators.Conv = { kernels = ["mac"], fused = ["Relu"] AFTER }
 operators.DepthwiseConv = { kernels = ["mac"], fused = ["Relu"] AFTER }
 operators.ConvTranspose = { kernels = ["mac"], fused = ["Relu"] AFTER }
 operators.Gemm = { kernels = ["mac"] AFTER }
-operators.Add = { kernels = ["act"], preshift_bits = { a = 20 } AFTER }
+operators.Add = { kernels = ["act"], preshift_bits = { a = 4 } AFTER }
 operators.Mul = { kernels = ["act"] AFTER }
 operators.GlobalAveragePool = { kernels = ["act"] AFTER }
 operators.Flatten = { same_scale = "input_output" }
@@ -164,11 +164,11 @@ def branches() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return Branches().eval(), (
         torch.randn(8, 4, 6, 6, generator=generator),
-        1e-4 * torch.randn(8, 4, 6, 6, generator=generator),
+        3e-4 * torch.randn(8, 4, 6, 6, generator=generator),
     )
 
 
-@pytest.mark.parametrize("high", [8, 10, 14])
+@pytest.mark.parametrize("high", [8, 9, 10])
 def test_operators_without_weights_move_the_scales_of_their_operands(high: int) -> None:
     net, data = branches()
     with pytest.raises(qhw.QhwError, match="its integer result cannot be computed"):
@@ -282,7 +282,7 @@ def test_a_prescribed_output_scale_stays_and_is_named() -> None:
 
 def test_tensors_that_are_left_with_few_codes_are_warned_of() -> None:
     net, x = network()
-    coarse = quantized(target(7, 31, changes=(("biases.b = { bits = 32", "biases.b = { bits = 8"),)), net, x)
+    coarse = quantized(target(5, 31, changes=(("biases.b = { bits = 32", "biases.b = { bits = 10"),)), net, x)
     assert "Warning: values use fewer than 16 codes at" in report(coarse).summary
     assert "Warning" not in report(quantized(target(), net, x)).summary
 
@@ -290,7 +290,7 @@ def test_tensors_that_are_left_with_few_codes_are_warned_of() -> None:
 def test_a_tensor_that_would_be_left_with_one_code_is_an_error() -> None:
     net, x = network()
     message = (
-        r"^0: its multiplier is at most 2\^-18 \(requantize\.r\.shift\.min\) only with '0' on so coarse a scale that"
+        r"^0: .*its multiplier is at most 2\^-18 \(requantize\.r\.shift\.min\).* only with '0' on so coarse a scale"
     )
     with pytest.raises(RangeError, match=message):
         quantized(target(18, 31), net, x)
