@@ -111,7 +111,7 @@ def test_equalization_before_kept_batch_norms_keeps_the_statistics_in_step(pipel
     # Quantizers off, running statistics: the float model, equalized.
     torch.testing.assert_close(result(images()), float_graph.module(images()), rtol=1e-4, atol=1e-5)
     if pipeline == "whitepaper-qat":
-        # In training the batch's own: those of the original, with batch statistics too (equalization moves no function).
+        # With the batch's own statistics it is the original model, too: equalization moves no function.
         result.train()
         torch.testing.assert_close(result(images()), model.train()(images()), rtol=1e-3, atol=1e-4)
 
