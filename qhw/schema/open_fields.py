@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which fields decide the integer result of an operator, which of them a target leaves open, and who needs them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from qhw.schema.arithmetic import Requantize, Shift
+from qhw.schema.arithmetic import Accumulator, Pairwise, Requantize, Shift
 from qhw.schema.base import UNKNOWN, Path, Table, leaves
 from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
@@ -23,9 +23,19 @@ RESCALED = WEIGHTED | MEANS | ADDITIONS | {"MatMul", "Mul", "ReduceSum"}
 REGRIDDED = frozenset({"Abs", "Clip", "Concat", "LeakyRelu", "Relu"})
 """Kinds that requantize where input and output are on two grids."""
 FUNCTION_KINDS = frozenset(
-    {"Elu", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Neg", "Pow", "Rsqrt", "Sigmoid"}
-) | {"Silu", "Softmax", "Softplus", "Sqrt", "Tanh"}
+    {"Elu", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Log", "LogSoftmax", "Mish", "Neg", "Pow", "Resize", "Rsqrt"}
+) | {"Sigmoid", "Silu", "Softmax", "Softplus", "Sqrt", "Tanh"}
 """Kinds of which the target must say what is computed in place of the function."""
+_SOFTMAX = {"integer_bits": "", "sum_integer_bits": ""}
+_IN_FIXED_POINT: Mapping[str, Mapping[str, str]] = {
+    "HardSwish": {"multiplier_bits": ""},
+    "LogSoftmax": _SOFTMAX,
+    "Resize": {"fraction_bits": "where it is bilinear", "position": "where it is nearest"},
+    "Softmax": _SOFTMAX,
+}
+"""What an approximation in fixed point must state, and on what operators."""
+_OUTSIDE = {"outside": "where operands have codes without a value"}
+_BY_TABLE: Mapping[str, Mapping[str, str]] = {"Log": _OUTSIDE, "Pow": _OUTSIDE, "Rsqrt": _OUTSIDE, "Sqrt": _OUTSIDE}
 
 
 @dataclass(frozen=True)
@@ -100,8 +110,11 @@ def _of_kernel(spec: TargetSpec, kind: str, operator: Operator, name: str) -> It
         if not isinstance(rule, Approximation):
             yield from _open(path, rule)
             return
+        needed = {"fixed_point": _IN_FIXED_POINT, "table": _BY_TABLE}.get(str(rule.kind), {}).get(kind, {})
         yield from _open((*path, "kind"), rule.kind)
-        yield from _unknown(path, rule, ("kind",))
+        yield from _unknown(path, rule, ("kind", *needed))
+        for field, at in needed.items():
+            yield from _open((*path, field), getattr(rule, field), where=at)
     elif rule is None and kind in RESCALED | REGRIDDED:
         where = "where input and output have two scales" if kind in REGRIDDED else ""
         yield from _of_requantize(spec, kernel, name, kind, operator, where)
@@ -114,8 +127,30 @@ def _of_sum(spec: TargetSpec, kernel: Kernel, name: str, commands: tuple[str, ..
     path: Path = ("accumulators", kernel.accumulator)
     entry = spec.accumulators[kernel.accumulator]
     yield from _open((*path, "bits"), entry.bits, commands)
-    yield from _open((*path, "overflow"), entry.overflow, where="where a sum may not fit")
-    yield from _unknown(path, entry, ("bits", "overflow"))
+    beyond = "where a sum may not fit"
+    yield from _open((*path, "overflow"), entry.overflow, where=beyond)
+    handled = ("bits", "overflow", "pairwise", "products_per_step", "order", "bias_added")
+    yield from _unknown(path, entry, handled)
+    if entry.overflow == "saturate":
+        yield from _open((*path, "products_per_step"), entry.products_per_step, where=beyond)
+        yield from _open((*path, "bias_added"), entry.bias_added, where=beyond)
+        if entry.products_per_step != "all":
+            yield from _open((*path, "order"), entry.order, where=beyond)
+    yield from _of_pairs((*path, "pairwise"), entry)
+
+
+def _of_pairs(path: Path, entry: Accumulator) -> Iterator[OpenField]:
+    pairs = entry.pairwise
+    if not isinstance(pairs, Pairwise):
+        if pairs == UNKNOWN:
+            yield from _open(path, pairs)
+        return
+    beyond = "where two products may not fit"
+    yield from _open((*path, "bits"), pairs.bits)
+    yield from _open((*path, "overflow"), pairs.overflow, where=beyond)
+    yield from _open((*path, "operands"), pairs.operands, where=beyond)
+    if entry.overflow != "saturate":
+        yield from _open((*path[:-1], "order"), entry.order, where=beyond)
 
 
 def _of_bias(spec: TargetSpec, kernel: Kernel, name: str) -> Iterator[OpenField]:
@@ -126,7 +161,9 @@ def _of_bias(spec: TargetSpec, kernel: Kernel, name: str) -> Iterator[OpenField]
         path: Path = ("biases", kernel.bias)
         entry = spec.biases[kernel.bias]
         yield from _open((*path, "bits"), entry.bits, SUMS, with_bias)
-        yield from _unknown(path, entry, ("bits",), with_bias)
+        yield from _unknown(path, entry, ("bits", "align"), with_bias)
+        if entry.scale == "own":
+            yield from _open((*path, "align"), entry.align, where="where the bias has another scale than the sum")
 
 
 def _of_requantize(

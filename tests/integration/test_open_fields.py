@@ -9,7 +9,7 @@ import qhw
 from qhw.engine import QuantizedModel
 from qhw.graph import Graph
 from qhw.integer import Obstacle, lower
-from qhw.integer.lower import _FORMS
+from qhw.integer.lower import _FORMS, _IN_FIXED_POINT
 from qhw.integer.tables import lower_table
 from qhw.schema import open_fields, parse_target
 from qhw.schema.open_fields import FUNCTION_KINDS
@@ -126,4 +126,38 @@ def test_an_overflow_that_is_open_decides_only_where_a_sum_may_not_fit(graph: Gr
 
 def test_the_kinds_that_need_an_approximation_are_those_of_the_integer_room() -> None:
     by_table = {kind for kind, form in _FORMS.items() if form is lower_table}
-    assert by_table <= FUNCTION_KINDS
+    assert by_table | set(_IN_FIXED_POINT) == FUNCTION_KINDS
+
+
+SOFTMAX = (
+    'Softmax = { kernels = ["map"], approximation = { kind = "fixed_point", integer_bits = 5, sum_integer_bits = 12 } }'
+)
+
+
+@pytest.mark.parametrize(
+    "field", ["integer_bits = 5, ", ", sum_integer_bits = 12"], ids=["of a distance", "of the sum"]
+)
+def test_bits_of_a_softmax_in_fixed_point_are_listed_and_refused_by_the_same_name(field: str) -> None:
+    torch.manual_seed(0)
+    graph = qhw.capture(nn.Sequential(nn.Linear(4, 5), nn.Softmax(-1)).eval(), torch.randn(2, 4))
+    text = base(FIXED).replace("operators.Flatten", f"operators.{SOFTMAX}\noperators.Flatten").replace(field, "")
+    name = f"operators.Softmax.approximation.{field.strip(', ').partition(' ')[0]}"
+    assert listed(text) == [name]
+    result = qhw.quantize(
+        graph, parse_target(text), calibration=torch.randn(40, 4), pipeline="ranges-ptq", without=NO_REPAIR
+    )
+    reasons = [obstacle.reason for obstacle in refused(result)]
+    assert reasons and all(name in reason for reason in reasons), reasons
+
+
+STATED = 'products_per_step = 4, order = "channel_fastest", bias_added = "last"'
+
+
+@pytest.mark.parametrize("field", ["products_per_step = 4, ", 'order = "channel_fastest", ', ', bias_added = "last"'])
+def test_how_a_sum_saturates_is_listed_and_refused_by_the_same_name(graph: Graph, field: str) -> None:
+    whole = base(FIXED, "12").replace('overflow = "wrap"', f'overflow = "saturate", {STATED}')
+    assert listed(whole) == [] and refused(quantized(graph, whole)) == ()
+    text, name = whole.replace(field, ""), f"accumulators.acc.{field.strip(', ').partition(' ')[0]}"
+    assert listed(text) == [name]
+    reasons = [obstacle.reason for obstacle in refused(quantized(graph, text))]
+    assert reasons and all(name in reason for reason in reasons), reasons
