@@ -162,6 +162,15 @@ def test_a_root_is_correctly_rounded() -> None:
     assert found.tolist() == [[3], [math.floor(np.sqrt(np.float32(18) * np.float32(0.02)) / np.float32(0.3))]]
 
 
+def test_gelu_by_erfc_keeps_the_tail_that_erf_loses() -> None:
+    # 1 + erf(5.355 / sqrt(2)) is 2 in float32: a tie of 76.5 that erfc leaves below.
+    x, out, x_q = Grid(np.float32(0.035), -128), Grid(np.float32(0.07), -40), np.array([[25], [25]])
+    row = 'rounding = "half_away_from_zero", approximation = {{ kind = "table", quotient = "reciprocal"{} }}'
+    by_erfc = codes_of(F.gelu, "Gelu", row.format(', function = "erfc"'), x, x_q, out)
+    assert by_erfc.tolist() == [[76 - 40]] * 2
+    assert codes_of(F.gelu, "Gelu", row.format(""), x, x_q, out).tolist() == [[77 - 40]] * 2
+
+
 # What stands against them.
 
 IMAGE, ROWS = np.zeros((2, 1, 3, 3), np.int64), np.zeros((2, 4), np.int64)
