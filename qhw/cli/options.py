@@ -13,9 +13,12 @@ __all__ = [
     "AsJson",
     "CalibrationOption",
     "DataOption",
+    "EvaluateOption",
     "Formats",
     "KeepFloat",
+    "MetricOption",
     "ModelArgument",
+    "OutOption",
     "Pipeline",
     "Prefer",
     "ResultArgument",
@@ -64,6 +67,22 @@ CalibrationOption = Annotated[
         help="Samples: an .npz file with one array per input, an .npy file for a single input, or module:callable that "
         "yields batches.",
     ),
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result; an earlier result is replaced.")
+]
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        "-e",
+        metavar="DATA",
+        help="Labelled samples: an .npz file that also has 'labels', or module:callable that yields (inputs, labels).",
+    ),
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option("--metric", metavar="CALLABLE", help="module:callable of (outputs, labels) -> number. Absent: top-1."),
 ]
 Pipeline = Annotated[
     str | None, typer.Option("--pipeline", metavar="NAME", help="Another pipeline than the default one.")

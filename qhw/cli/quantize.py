@@ -12,9 +12,12 @@ import typer
 from qhw.cli.options import (
     AsJson,
     CalibrationOption,
+    EvaluateOption,
     Formats,
     KeepFloat,
+    MetricOption,
     ModelArgument,
+    OutOption,
     Pipeline,
     Prefer,
     Settings,
@@ -28,22 +31,6 @@ if TYPE_CHECKING:
     from qhw.engine import QuantizedModel, Score, WorkFolder
     from qhw.graph import Graph
 
-OutOption = Annotated[
-    Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the result; an earlier result is replaced.")
-]
-EvaluateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--evaluate",
-        "-e",
-        metavar="DATA",
-        help="Labelled samples: an .npz file that also has 'labels', or module:callable that yields (inputs, labels).",
-    ),
-]
-MetricOption = Annotated[
-    str | None,
-    typer.Option("--metric", metavar="CALLABLE", help="module:callable of (outputs, labels) -> number. Absent: top-1."),
-]
 TargetOption = Annotated[
     str | None,
     typer.Option(

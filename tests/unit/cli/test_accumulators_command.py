@@ -21,8 +21,8 @@ biases.b = { bits = 32, scale = "input*weight" }
 accumulators.acc = { bits = BITS, overflow = "wrap" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
-operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
-operators.Gemm = { kernels = ["mac"], fused = ["Relu"] }
+operators.Conv = { kernels = ["mac"], fused = ["Relu"], rounding_order = "zero_point_after" }
+operators.Gemm = { kernels = ["mac"], fused = ["Relu"], rounding_order = "zero_point_after" }
 """
 
 

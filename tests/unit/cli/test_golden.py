@@ -17,8 +17,9 @@ EXACT = TINY.replace(
     'biases.b = { bits = 32, scale = "input*weight" }\n'
     'kernels.mean = { input = ["a8"], output = ["a8"], requantize = "r" }\n'
     'requantize.r = { kind = "float32", rounding = "half_even" }\n'
-    'operators.GlobalAveragePool = { kernels = ["mean"] }\noperators.Flatten = { same_scale = "input_output" }',
-)
+    'operators.GlobalAveragePool = { kernels = ["mean"], fused = ["Relu"] }\n'
+    'operators.Flatten = { same_scale = "input_output" }',
+).replace('fused = ["Relu"] }', 'fused = ["Relu"], rounding_order = "zero_point_after" }')
 
 
 @pytest.fixture

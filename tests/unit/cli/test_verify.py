@@ -23,8 +23,8 @@ accumulators.acc = { bits = 32, overflow = "wrap" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
 kernels.mean = { input = ["a8"], output = ["a8"], bias = "none", requantize = "r" }
-operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
-operators.Gemm = { kernels = ["mac"], fused = ["Relu"] }
+operators.Conv = { kernels = ["mac"], fused = ["Relu"], rounding_order = "zero_point_after" }
+operators.Gemm = { kernels = ["mac"], fused = ["Relu"], rounding_order = "zero_point_after" }
 operators.GlobalAveragePool = { kernels = ["mean"], rounding_order = "zero_point_after" }
 """
 
