@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits: a trained depthwise-separable CNN, its calibration images and its held-out test split.
+"""Handwritten digits: a trained depthwise-separable CNN, its calibration and training images, a held-out test split.
 
     qhw quantize examples.digits:model --target whitepaper/generic-int8 \
         --calibration examples.digits:calibration --evaluate examples.digits:evaluation --out out/digits
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from examples.digits.data import load_split
 from examples.digits.network import DigitsNet
 
-__all__ = ["calibration", "evaluation", "model"]
+__all__ = ["calibration", "evaluation", "model", "training"]
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 _BATCH = 64
@@ -33,6 +33,13 @@ def model() -> tuple[nn.Module, Tensor]:
 def calibration() -> Iterator[Tensor]:
     """The first 512 training images without labels, in batches of float32 [64, 1, 8, 8]."""
     yield from load_split("train").images[:_CALIBRATION_IMAGES].split(_BATCH)
+
+
+def training() -> Iterator[tuple[Tensor, Tensor]]:
+    """The 1,297 training images with labels, in batches of 64, in an order that torch's random numbers give."""
+    split = load_split("train")
+    for part in torch.randperm(len(split.labels)).split(_BATCH):
+        yield split.images[part], split.labels[part]
 
 
 def evaluation() -> Iterator[tuple[Tensor, Tensor]]:

@@ -62,7 +62,9 @@ WHITEPAPER_QAT = Pipeline(
         StagePreference(stage="round", algorithms=("nearest",)),
         StagePreference(stage="activation_range", algorithms=("mse", "min_max", "batch_norm_ranges")),
         StagePreference(stage="train", algorithms=("kept_batch_norm", "accumulator_aware", "learned_ranges")),
-        StagePreference(stage="fit", algorithms=("reduce_range", "accumulator_projection"), mode="all"),
+        StagePreference(
+            stage="fit", algorithms=("reduce_range", "accumulator_projection", "requantization_fit"), mode="all"
+        ),
     ),
 )
 

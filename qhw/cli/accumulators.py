@@ -12,7 +12,7 @@ from qhw.wording import counted
 
 if TYPE_CHECKING:
     from qhw.engine import QuantizedModel
-    from qhw.integer import Proof
+    from qhw.integer import PairProof, Proof, Witness
 
 WitnessOption = Annotated[
     Path | None,
@@ -87,8 +87,26 @@ def _layer(proof: "Proof", open_bias: str | None) -> dict[str, Any]:
         "overflow": proof.overflow,
         "overflowing_channels": proof.overflowing_channels,
         "bias_left_out": open_bias,
-        "witness": None if found is None else {"channel": found.channel, "value": found.value, "peak": found.peak},
+        "witness": None if found is None else _reached(found),
+        "pairs": None if proof.pairs is None else _pairs(proof.pairs),
     }
+
+
+def _pairs(proof: "PairProof") -> dict[str, Any]:
+    """Sums of two products in a register of their own."""
+    return {
+        "lowest": int(proof.bounds.lowest.min()),
+        "highest": int(proof.bounds.highest.max()),
+        "bits_needed": int(proof.bounds.bits.max()),
+        "bits": proof.bits,
+        "overflow": proof.overflow,
+        "overflowing_channels": int(proof.overflowing.sum()),
+        "witness": None if proof.witness is None else _reached(proof.witness),
+    }
+
+
+def _reached(witness: "Witness") -> dict[str, int]:
+    return {"channel": witness.channel, "value": witness.value, "peak": witness.peak}
 
 
 def _show(target: str, proofs: "list[Proof]", biases: dict[str, str]) -> None:
@@ -124,6 +142,10 @@ def _proven(known: "list[Proof]", without_bias: bool) -> str:
 
 
 def _verdict(proof: "Proof") -> str:
+    if proof.pairs is not None and bool(proof.pairs.overflowing.any()):
+        pair = proof.pairs
+        text = f"two products can overflow {pair.bits} bits in {counted(int(pair.overflowing.sum()), 'channel')}"
+        return text if pair.witness is None else f"{text}: {pair.witness.peak:,} in channel {pair.witness.channel}"
     if proof.bits is None:
         return "width not known"
     if not proof.overflowing_channels:
@@ -137,9 +159,11 @@ def _write(path: Path, proofs: "list[Proof]") -> None:
 
     from qhw.errors import ResultError
 
-    arrays: dict[str, Any] = {
-        proof.operator: proof.witness.operand.numpy() for proof in proofs if proof.witness is not None
-    }
+    arrays: dict[str, Any] = {}
+    for proof in proofs:
+        pair = proof.pairs.witness if proof.pairs is not None and bool(proof.pairs.overflowing.any()) else None
+        if (found := pair or proof.witness) is not None:
+            arrays[proof.operator] = found.operand.numpy()
     try:
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)
