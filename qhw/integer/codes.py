@@ -26,8 +26,8 @@ class Codes:
     qparams: QParams
 
     def integers(self) -> Tensor:
-        """The codes in the smallest integer dtype that holds their grid."""
-        return self.values.to(code_dtype(self.qparams.quant_min, self.qparams.quant_max))
+        """The codes in the smallest integer dtype that holds their grid, contiguous."""
+        return self.values.to(code_dtype(self.qparams.quant_min, self.qparams.quant_max)).contiguous()
 
     def centred(self) -> Tensor:
         """Codes minus zero point, like `values`."""

@@ -60,12 +60,20 @@ def _self_test() -> None:
     def codes(*shape: int) -> Tensor:
         return torch.randint(-128, 128, shape, generator=generator)
 
+    def last(x: Tensor) -> Tensor:
+        return x.float().contiguous(memory_format=torch.channels_last)
+
     x, w = codes(20, 16, 12, 12), codes(16, 16, 3, 3)
     cases: dict[str, tuple[Tensor, Tensor]] = {
         "convolution": (F.conv2d(x.float(), w.float(), padding=1), F.conv2d(x, w, padding=1)),
         "strided convolution": (F.conv2d(x.float(), w.float(), stride=2), F.conv2d(x, w, stride=2)),
         "depthwise convolution": (
             F.conv2d(x.float(), w[:, :1].float(), groups=16),
+            F.conv2d(x, w[:, :1].contiguous(), groups=16),
+        ),
+        "convolution with channels last": (F.conv2d(last(x), last(w), padding=1), F.conv2d(x, w, padding=1)),
+        "depthwise convolution with channels last": (
+            F.conv2d(last(x), last(w[:, :1]), groups=16),
             F.conv2d(x, w[:, :1].contiguous(), groups=16),
         ),
         "transposed convolution": (F.conv_transpose2d(x.float(), w.float()), F.conv_transpose2d(x, w)),

@@ -183,11 +183,13 @@ class IntegerModel:
 
 
 def _bare(value: Any) -> Any:
-    return value.values if isinstance(value, Codes) else value
+    """For a view, which needs axes in memory as in the float model; operators leave them as they like."""
+    return value.values.contiguous() if isinstance(value, Codes) else value
 
 
 def _real(value: Any) -> Any:
-    return value.reals() if isinstance(value, Codes) else value
+    """For an operator of the host, whose float sums may depend on the order in memory."""
+    return value.reals().contiguous() if isinstance(value, Codes) else value
 
 
 def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, int]:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of products: convolutions of every form, linear operators, products of two activations."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,12 @@ from qhw.integer.accumulate import Bounds, summation_of
 from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
 from qhw.integer.bias import accumulated_bias, behind_multiplier, is_behind_multiplier
 from qhw.integer.bounds import product_bounds, saturating_bounds
+from qhw.integer.byte_products import byte_convolution
 from qhw.integer.codes import carrier, reach
 from qhw.integer.exact import exact_dtype
+from qhw.integer.finish import filling, finish_of
 from qhw.integer.pairwise import matmul_pair_bounds, pair_bounds
+from qhw.integer.pieces import in_pieces
 from qhw.integer.saturating import matmul_on_the_way, sum_on_the_way
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, output_shape, product_of, unit_of, weight_rows
@@ -26,7 +28,6 @@ from qhw.numerics import PerGroup, QParams
 
 __all__ = ["PRODUCT_KINDS", "Fact", "Lowered", "Run", "lower_matmul", "lower_product", "product_bounds"]
 
-_PIECE = 2**18  # elements of the operand or the result, whichever has more
 PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 Run = Callable[[Sequence[Tensor]], Tensor]
@@ -70,22 +71,32 @@ def lower_product(site: Site) -> Lowered:
         def accumulate(values: Sequence[Tensor]) -> Tensor:
             return on_the_way(values[0].long() - zero_point)
 
-    found = _finished(site, accumulate, unit_of(site, shape), bounds.largest)
-    return found if site.output is None else replace(found, run=_sample_by_sample(site, found.run))
+    return _finished(site, accumulate, unit_of(site, shape), bounds.largest, summation.is_exact)
 
 
 def _exact_sum(site: Site, bounds: Bounds, finish: Callable[[Tensor], Tensor], bias: Tensor | None) -> Run:
     """Sums that are the same in any order."""
     dtype, shape = exact_dtype(bounds.largest), output_shape(site)
-    weight, zero_point = centred_weight(site).to(dtype), site.inputs[0].zero_point.to(dtype)
+    of_bytes = byte_convolution(site, bias) if dtype == torch.float32 else None
+    if of_bytes is not None:
+        return lambda values: finish(of_bytes(values[0]))
+    layout = _layout(site, dtype)
+    weight, zero_point = centred_weight(site).to(dtype).contiguous(memory_format=layout), site.inputs[0].zero_point
     folded = _with_zero_point(site, bias, dtype)
     product = _biased_product(site, folded if folded is not None or bias is None else bias.to(dtype), shape)
+    offset = zero_point.to(dtype) if folded is None and int(zero_point) else None
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
-        codes = values[0].to(dtype)
-        return finish(product(codes if folded is not None else codes - zero_point, weight))
+        codes = values[0].to(dtype).contiguous(memory_format=layout)
+        return finish(product(codes if offset is None else codes - offset, weight))
 
     return accumulate
+
+
+def _layout(site: Site, dtype: torch.dtype) -> torch.memory_format:
+    """Channels last in memory where float32 convolutions then need no copy in an order of their own."""
+    is_image = site.operator.kind in ("Conv", "DepthwiseConv") and len(site.input_shape) == 4
+    return torch.channels_last if is_image and dtype == torch.float32 else torch.contiguous_format
 
 
 def _refuse_groups(site: Site) -> None:
@@ -96,8 +107,18 @@ def _refuse_groups(site: Site) -> None:
         )
 
 
-def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor], largest: int) -> Lowered:
-    """Sums of products as codes of the result, or as reals where it leaves the accelerator in float."""
+def _finished(
+    site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor], largest: int, is_exact: bool
+) -> Lowered:
+    """Sums of products as codes of the result, or as reals where it leaves the accelerator in float.
+
+    Args:
+        site: The operator.
+        accumulate: Its sums.
+        unit: What one unit of them stands for, in a dtype.
+        largest: Largest magnitude of its exact sums.
+        is_exact: Whether those are what it sums.
+    """
     if site.output is None:
         return _in_reals(site, accumulate, unit(torch.float32))
     out = site.output
@@ -106,27 +127,13 @@ def _finished(site: Site, accumulate: Run, unit: Callable[[torch.dtype], Tensor]
         return unit(product).to(quotient) / out.scale.to(quotient)
 
     rescale = rescaler(site, ratio, int(out.zero_point))
-    limits, kept = code_bounds(site), carrier(out)
+    limits = code_bounds(site)
     facts: dict[str, Fact] = {"rule": "sum_of_products", "requantize": rescale, "clamp": limits}
     if is_behind_multiplier(site):
-        codes = behind_multiplier(site, rescale, largest, output_shape(site))
-        return Lowered(lambda values: codes(accumulate(values), limits, kept), accumulate, facts)
-    return Lowered(lambda values: rescale.codes(accumulate(values), limits, kept), accumulate, facts)
-
-
-def _sample_by_sample(site: Site, run: Run) -> Run:
-    """The same, a few samples at a time, so that what is made on the way stays in the cache."""
-    given, made = site.input_shape[1:], tuple(site.node.meta["shape"])[1:]
-    is_batched = len(given) == len(site.operator.attributes.get("kernel", ())) + 1
-    samples = max(1, _PIECE // max(math.prod(given), math.prod(made), 1))
-
-    def pieces(values: Sequence[Tensor]) -> Tensor:
-        x = values[0]
-        if not is_batched or len(x) <= samples:
-            return run(values)
-        return torch.cat([run([part]) for part in torch.split(x, samples)])
-
-    return pieces
+        finish = filling(behind_multiplier(site, rescale, largest, output_shape(site)), limits)
+    else:
+        finish = finish_of(rescale, limits, largest if is_exact else None)
+    return Lowered(in_pieces(site, accumulate, finish, carrier(out)), accumulate, facts)
 
 
 def lower_matmul(site: Site) -> Lowered:
@@ -156,7 +163,7 @@ def lower_matmul(site: Site) -> Lowered:
     def unit(kind: torch.dtype) -> Tensor:
         return a.scale.to(kind) * b.scale.to(kind)
 
-    return _finished(site, accumulate, unit, largest)
+    return _finished(site, accumulate, unit, largest, summation.is_exact)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:
