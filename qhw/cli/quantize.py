@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qhw.cli.lost import EpochsOption, Lost, TrainOption, WithinOption
 from qhw.cli.options import (
     AsJson,
     CalibrationOption,
@@ -59,6 +60,9 @@ def quantize(
     plan: PlanOption = None,
     seed: SeedOption = 0,
     samples: SamplesOption = True,
+    train: TrainOption = None,
+    within: WithinOption = None,
+    epochs: EpochsOption = 3,
     pipeline: Pipeline = None,
     prefer: Prefer = None,
     without: Without = None,
@@ -95,6 +99,9 @@ def quantize(
             check_labelled(graph, labelled)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
+    lost = None if train is None and within is None else Lost(within, train, epochs, seed)
+    if lost is not None:
+        lost.check(graph, labelled)
     scores: list[Score] = []
 
     def measure(artefact: Path) -> Any:
@@ -105,6 +112,8 @@ def quantize(
 
     with _keeping(out) as folder:
         result = qhw.quantize(graph, made, calibration=data, target=spec, seed=seed, work_folder=folder)
+        if lost is not None:
+            result = lost.trained(graph, result, labelled, score, out)
         qhw.save(result, out, samples=samples, evaluate_artefact=measure)
     _report(graph, result, out, scores, as_json)
 

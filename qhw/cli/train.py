@@ -80,9 +80,9 @@ def train(
     graph = start.float_graph.copy()
     samples = load_data(data)
     labelled = None if evaluate is None else load_data(evaluate)
-    for given in (samples, labelled):
+    for name, given in ((data, samples), (str(evaluate), labelled)):
         if given is not None:  # before the work, which would be lost
-            check_labelled(graph, given)
+            check_labelled(graph, given, name)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     form = qhw.trainable(
         qhw.load(result), pipeline=pipeline, **{key: asked[key] for key in ("prefer", "without", "options")}

@@ -179,14 +179,14 @@ def _measured(metric: Metric, outputs: Tensor, labels: Tensor) -> float:
         ) from error
 
 
-def check_labelled(graph: Graph, data: Any) -> None:
+def check_labelled(graph: Graph, data: Any, name: str = "evaluation") -> None:
     """Look at the first batch, before long work whose end would need it.
 
     Raises:
         CalibrationError: it has no labels, or does not fit the model.
     """
-    if next(labelled_batches(data, graph), None) is None:
-        raise CalibrationError("evaluation: holds no sample. Pass at least one batch.")
+    if next(labelled_batches(data, graph, name), None) is None:
+        raise CalibrationError(f"{name}: holds no sample. Pass at least one batch.")
 
 
 def labelled_batches(data: Any, graph: Graph, name: str = "evaluation") -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:

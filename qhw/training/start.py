@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qhw.decisions import Overrides, QuantPlan, Step
+from qhw.decisions import Overrides, QuantPlan, Reason, Step
 from qhw.engine import QuantizedModel, blaming, select_stage
 from qhw.engine.options import options_for
 from qhw.errors import PlanError, TrainingError
@@ -21,6 +21,7 @@ def trainable(
     prefer: Sequence[str] = (),
     without: Sequence[str] = (),
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    because: Reason | None = None,
     registry: Registry | None = None,
 ) -> QuantizedModel:
     """Let a quantized model train: its quantizers learn, its batch norms are treated as target and plan say.
@@ -34,6 +35,7 @@ def trainable(
         prefer: Algorithms that come first.
         without: Algorithms to leave out.
         options: Algorithm -> its options.
+        because: A fact that makes training worth its while, to stand with the reasons of the plan's steps.
         registry: Plugins to use; absent: all that are installed.
 
     Returns:
@@ -54,6 +56,8 @@ def trainable(
     plan = result.plan
     if is_asked or not training_steps(plan):
         plan = _planned(result, registry, pipeline, _names(prefer), _names(without), options or {})
+    if because is not None:
+        plan = plan.model_copy(update={"steps": tuple(_because(step, because) for step in plan.steps)})
     form = TrainingForm(result, plan)
     for step in training_steps(plan):
         entry = registry.algorithms.get(step.algorithm)
@@ -71,6 +75,14 @@ def trainable(
 def training_steps(plan: QuantPlan) -> tuple[Step, ...]:
     """The steps of a plan that say how its result is trained."""
     return tuple(step for step in plan.steps if step.stage == "train")
+
+
+def _because(step: Step, reason: Reason) -> Step:
+    """A step of training with one more reason, in front."""
+    if step.stage != "train":
+        return step
+    verdict = step.verdict.model_copy(update={"reasons": (reason, *step.verdict.reasons)})
+    return step.model_copy(update={"verdict": verdict})
 
 
 def _planned(
