@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the accumulator to the output code, as the target says: built once per operator, then run on tensors."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qhw.errors import IntegerError, RangeError
 from qhw.integer.site import Site, unknown
+from qhw.integer.stages import Step, order_decides, rounded_behind, run_steps, steps_of
 from qhw.numerics import (
     ROUNDING_RULES,
     Rounding,
@@ -21,14 +22,15 @@ from qhw.numerics import (
     round_real,
 )
 from qhw.numerics.requantize import FixedPointCodes
-from qhw.schema import Requantize
+from qhw.schema import Requantize, Shift
 
-__all__ = ["Requantization", "clamped", "code_bounds", "fixed_point", "rescaler", "rounding_of"]
+__all__ = ["Requantization", "check_shift", "clamped", "code_bounds", "fixed_point", "rescaler", "rounding_of"]
 
 Double = Literal["double", "double_half_to_plus_infinity"]
 Ratio = Callable[[torch.dtype, torch.dtype], Tensor]
 
-_BITS = 31  # of a multiplier, where the target leaves it open
+_KINDS = ("float32", "float64", "fixed_point", "shift")
+_FURTHEST = 62  # that an int64 is shifted
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,27 @@ class Requantization:
     Attributes:
         kind: float32, float64: round(acc * factor), both in that precision; fixed_point: round(acc * multiplier /
             2^(bits + shift)); shift: round(acc / 2^shift).
-        rounding: Its rule; those that begin with `double` round behind the multiplier and behind the shift.
+        rounding: Its rule; those that begin with `double` round behind the multiplier and behind the shift; `stages`:
+            as `steps` says.
         zero_point: What is added in the end.
         factor: Of kinds float32 and float64, in that dtype; broadcasts against the accumulators.
         multiplier: int64, of kind fixed_point.
         shift: int64 right shifts, of kinds fixed_point and shift.
         bits: Of the multiplier.
-        before: Of kind float32: whether the zero point is added to the product, in float32, before rounding.
+        before: Whether the zero point is added before rounding: to the product, in its precision, or to the exact
+            quotient.
+        steps: What is computed one after another, each rounded, where `rounding` is `stages`.
     """
 
     kind: Literal["float32", "float64", "fixed_point", "shift"]
-    rounding: Rounding | Double
+    rounding: Rounding | Double | Literal["stages"]
     zero_point: int = 0
     factor: Tensor | None = None
     multiplier: Tensor | None = None
     shift: Tensor | None = None
     bits: int | None = None
     before: bool = False
+    steps: tuple[Step, ...] = ()
 
     def __call__(self, acc: Tensor) -> Tensor:
         """Codes before the clamp, whole numbers.
@@ -65,10 +71,13 @@ class Requantization:
         if self.factor is not None:
             return self._by_factor(acc, self.factor)
         assert self.shift is not None
-        if self.multiplier is None or self.bits is None:
-            return rescale_shift(acc.long(), self.shift, rounding=_single(self.rounding)) + self.zero_point
-        found = rescale_fixed_point(acc, self.multiplier, self.shift, bits=self.bits, rounding=self.rounding)
-        return found.add_(self.zero_point)
+        if self.steps:
+            return run_steps(acc.long(), self.steps, self.multiplier, self.shift, self.bits or 0, self.zero_point)
+        if self.before:
+            return rounded_behind(self._quotient, acc.long(), _single(self.rounding), self.zero_point)
+        if self.multiplier is None:
+            return self._quotient(acc.long(), _single(self.rounding)) + self.zero_point
+        return self._quotient(acc, self.rounding).add_(self.zero_point)
 
     def codes(self, acc: Tensor, limits: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Codes within limits, in a dtype that holds them: the clamped result of a call, in fewer passes.
@@ -84,23 +93,33 @@ class Requantization:
 
     @cached_property
     def _prepared(self) -> FixedPointCodes | None:
-        if self.multiplier is None or self.shift is None or self.bits is None:
+        if self.multiplier is None or self.shift is None or self.bits is None or self.before:
             return None
-        return FixedPointCodes.of(self.multiplier, self.shift, self.bits, self.rounding)
+        return None if self.rounding == "stages" else FixedPointCodes.of(
+            self.multiplier, self.shift, self.bits, self.rounding
+        )  # fmt: skip
+
+    def _quotient(self, acc: Tensor, rule: Rounding | Double | Literal["stages"]) -> Tensor:
+        assert self.shift is not None and rule != "stages"
+        if self.multiplier is None or self.bits is None:
+            return rescale_shift(acc, self.shift, rounding=_single(rule))
+        return rescale_fixed_point(acc, self.multiplier, self.shift, bits=self.bits, rounding=rule)
 
     def _by_factor(self, acc: Tensor, factor: Tensor) -> Tensor:
-        if self.kind == "float64":
-            return round_real(acc.double() * factor, _single(self.rounding)).add_(float(self.zero_point))
+        rule, added = _single(self.rounding), float(self.zero_point)
+        product = acc.to(factor.dtype) * factor
         if self.before:  # the product is rounded, then the sum, then the result to a whole number
-            return (acc.float() * factor + float(self.zero_point)).round_()
-        if self.rounding == "half_even":
-            return (acc.float() * factor).round_().add_(float(self.zero_point))
-        return rescale_float32(acc, factor, rounding=_single(self.rounding)).float().add_(float(self.zero_point))
+            return round_real(product.add_(added), rule)
+        if self.kind == "float64":
+            return round_real(product, rule).add_(added)
+        if rule == "half_even":
+            return product.round_().add_(added)
+        return rescale_float32(acc, factor, rounding=rule).float().add_(added)
 
 
-def _single(rounding: Rounding | Double) -> Rounding:
-    assert rounding != "double" and rounding != "double_half_to_plus_infinity"
-    return rounding
+def _single(rounding: Rounding | Double | Literal["stages"]) -> Rounding:
+    assert rounding in ROUNDING_RULES
+    return rounding  # type: ignore[return-value]
 
 
 def rescaler(site: Site, ratio: Ratio, zero_point: int, count: int | None = None) -> Requantization:
@@ -118,27 +137,16 @@ def rescaler(site: Site, ratio: Ratio, zero_point: int, count: int | None = None
         IntegerError: the target leaves a field open that decides, or asks for arithmetic that qhw does not have.
     """
     path, rule = site.requantize
-    kind = _stated(f"{path}.kind", rule.kind)
-    if rule.stages == "unknown":
-        raise unknown(f"{path}.stages", rule.stages)
-    if rule.stages is not None:
-        raise IntegerError(f"{path}.stages cannot be executed yet")
-    before = site.adds_zero_point_first
+    kind = _stated(f"{path}.kind", rule.kind, _KINDS)
     if count is not None and kind != "fixed_point":
         raise IntegerError(f'{site.path}.mean_count = "multiplier" needs requantize kind fixed_point')
-    if kind == "float32":
-        return _float32(ratio(torch.float32, torch.float32), _rounding(site, path, rule), zero_point, before)
-    if before:
-        raise IntegerError(f'{site.path}.rounding_order = "zero_point_before" needs requantize kind float32')
-    if kind == "float64":
-        factor = ratio(*_precisions(site)).double()
-        return Requantization("float64", _rounding(site, path, rule), zero_point, factor=factor)
+    if kind == "float32" or kind == "float64":
+        return _by_float(site, kind, ratio, zero_point)
     if kind == "fixed_point":
         return fixed_point(site, ratio(*_precisions(site)).double(), zero_point, count)
     if kind == "shift":
-        exact = ratio(torch.float64, torch.float64)
-        return _shift(path, rule, exact, _rounding(site, path, rule), zero_point)
-    raise IntegerError(f'{path}.kind = "{kind}" cannot be executed yet')
+        return _shift(site, ratio(torch.float64, torch.float64), zero_point)
+    raise IntegerError(f'{path}.kind = "{kind}" cannot be executed; kinds that can: {", ".join(_KINDS)}')
 
 
 def rounding_of(site: Site) -> Rounding:
@@ -154,25 +162,28 @@ def rounding_of(site: Site) -> Rounding:
 def _rounding(site: Site, path: str, rule: Requantize) -> Rounding:
     own = site.spec.rounding
     where, found = (f"{site.path}.rounding", own) if own is not None else (f"{path}.rounding", rule.rounding)
-    _stated(where, found)
+    _stated(where, found, ROUNDING_RULES)
     if found not in ROUNDING_RULES:
         raise IntegerError(f'{where} = "{found}" names no single rounding')
     return found  # type: ignore[return-value]
 
 
-def _stated(path: str, value: object) -> object:
+def _stated(path: str, value: object, choices: Iterable[str] = ()) -> object:
     if value is None or value == "unknown":
-        raise unknown(path, value)
+        raise unknown(path, value, choices)
     return value
 
 
-def _float32(ratio: Tensor, rounding: Rounding, zero_point: int, before: bool) -> Requantization:
-    if before and rounding != "half_even":
-        raise IntegerError("a zero point that is added before rounding needs half_even")
-    if not bool((torch.isfinite(ratio) & (ratio > 0)).all()):
-        bad = float(ratio.flatten()[~(torch.isfinite(ratio) & (ratio > 0)).flatten()][0])
-        raise IntegerError(f"its ratio of scales must be a positive float32; got {bad:g}. Change a scale")
-    return Requantization("float32", rounding, zero_point, factor=ratio, before=before)
+def _by_float(site: Site, kind: Literal["float32", "float64"], ratio: Ratio, zero_point: int) -> Requantization:
+    path, rule = site.requantize
+    steps_of(site, zero_point)
+    before = zero_point != 0 and site.adds_zero_point_first
+    factor = ratio(torch.float32, torch.float32) if kind == "float32" else ratio(*_precisions(site)).double()
+    legal = torch.isfinite(factor) & (factor > 0)
+    if not bool(legal.all()):
+        bad = float(factor.flatten()[~legal.flatten()][0])
+        raise IntegerError(f"its ratio of scales must be a positive {kind}; got {bad:g}. Change a scale")
+    return Requantization(kind, _rounding(site, path, rule), zero_point, factor=factor, before=before)
 
 
 def _precisions(site: Site) -> tuple[torch.dtype, torch.dtype]:
@@ -197,18 +208,9 @@ def fixed_point(site: Site, ratio: Tensor, zero_point: int = 0, count: int | Non
         IntegerError: the target leaves a field open, or has no such multiplier.
     """
     path, rule = site.requantize
-    own = site.spec.rounding or rule.rounding
-    rounding: Rounding | Double
-    rounding = own if own == "double" or own == "double_half_to_plus_infinity" else _rounding(site, path, rule)
-    bits = rule.multiplier_bits if isinstance(rule.multiplier_bits, int) else None
-    if bits is None:
-        raise unknown(f"{path}.multiplier_bits", rule.multiplier_bits)
-    low, high = -(_BITS - 1), _BITS
-    shift = rule.shift
-    if shift is None or isinstance(shift, str):
-        raise unknown(f"{path}.shift", shift)
-    low = shift.min if isinstance(shift.min, int) else low
-    high = shift.max if isinstance(shift.max, int) else high
+    bits = _stated(f"{path}.multiplier_bits", rule.multiplier_bits)
+    assert isinstance(bits, int)
+    low, high = _ends(rule.shift)
     out_of_range = rule.out_of_range if rule.out_of_range in ("saturate", "zero_scale", "refuse") else "refuse"
     try:
         multiplier, right = fixed_point_multiplier(
@@ -216,32 +218,85 @@ def fixed_point(site: Site, ratio: Tensor, zero_point: int = 0, count: int | Non
         )
     except RangeError as error:
         raise IntegerError(f"{path}: {error}") from error
+    _check_open_ends(f"{path}.shift", rule.shift, right)
     if count is not None:
+        if not isinstance(rule.shift, Shift) or not isinstance(rule.shift.max, int):
+            raise unknown(f"{path}.shift.max", None)
         more = (high - right).clamp(max=min(count.bit_length() - 1, 62 - bits))
         multiplier, right = (multiplier << more) // count, right + more
-    return Requantization("fixed_point", rounding, zero_point, multiplier=multiplier, shift=right, bits=bits)
+    return _rounded(
+        site, Requantization("fixed_point", "stages", zero_point, multiplier=multiplier, shift=right, bits=bits)
+    )
 
 
-def _shift(path: str, rule: Requantize, ratio: Tensor, rounding: Rounding, zero_point: int) -> Requantization:
+def _rounded(site: Site, found: Requantization) -> Requantization:
+    """With what the target says of rounding, and of the zero point where its order changes a code."""
+    steps = steps_of(site, found.zero_point)
+    if steps is not None:
+        return replace(found, steps=steps)
+    path, rule = site.requantize
+    own = site.spec.rounding or rule.rounding
+    if found.kind == "fixed_point" and (own == "double" or own == "double_half_to_plus_infinity"):
+        if found.zero_point != 0 and site.adds_zero_point_first:
+            raise IntegerError(
+                f'{site.path}.rounding_order = "zero_point_before" does not say before which rounding of "{own}"'
+            )
+        return replace(found, rounding=own)
+    rounding = _rounding(site, path, rule)
+    assert found.shift is not None
+    is_exact = found.kind == "shift" and not bool((found.shift > 0).any())
+    before = not is_exact and order_decides(rounding, found.zero_point) and site.adds_zero_point_first
+    return replace(found, rounding=rounding, before=before)
+
+
+def _shift(site: Site, ratio: Tensor, zero_point: int) -> Requantization:
+    path, rule = site.requantize
     mantissa, exponent = torch.frexp(ratio)
     if not bool((mantissa == 0.5).all()):
         bad = float(ratio.flatten()[(mantissa != 0.5).flatten()][0])
         raise IntegerError(f'{path}.kind = "shift" needs a ratio of scales that is a power of two; got {bad:.6g}')
     right = (1 - exponent).long()
-    low, high = _shifts(rule)
-    if bool(((right < low) | (right > high)).any()):
-        bad = int(right[(right < low) | (right > high)].flatten()[0])
-        raise IntegerError(f"{path}.shift goes from {low} to {high}, and this operator needs {bad}. Change a scale")
-    return Requantization("shift", rounding, zero_point, shift=right)
+    check_shift(f"{path}.shift", rule.shift, right)
+    return _rounded(site, Requantization("shift", "stages", zero_point, shift=right))
 
 
-def _shifts(rule: Requantize) -> tuple[int, int]:
-    """Legal right shifts, as far as they are stated, within what an int64 takes."""
-    low, high = -62, 62
-    if rule.shift is not None and rule.shift != "unknown":
-        low = rule.shift.min if isinstance(rule.shift.min, int) else low
-        high = rule.shift.max if isinstance(rule.shift.max, int) else high
-    return max(low, -62), min(high, 62)
+def check_shift(path: str, legal: Shift | str | None, right: Tensor) -> None:
+    """That shifts are among those that a target has.
+
+    Args:
+        path: Where they are stated.
+        legal: What stands there.
+        right: int64, right shifts.
+
+    Raises:
+        IntegerError: one is not, or the target leaves the end open on its side.
+    """
+    low, high = _ends(legal)
+    outside = (right < low) | (right > high)
+    if bool(outside.any()):
+        bad = int(right[outside].flatten()[0])
+        raise IntegerError(f"{path} goes from {low} to {high}, and this operator needs {bad}. Change a scale")
+    _check_open_ends(path, legal, right)
+
+
+def _check_open_ends(path: str, legal: Shift | str | None, right: Tensor) -> None:
+    """An end that the target leaves open decides where the operator shifts to its side."""
+    ends = (legal.min, legal.max) if isinstance(legal, Shift) else (legal, legal)
+    for name, end, beyond in (("min", ends[0], right < 0), ("max", ends[1], right > 0)):
+        if not isinstance(end, int) and bool(beyond.any()):
+            where = f"{path}.{name}" if isinstance(legal, Shift) else path
+            raise IntegerError(
+                f"{unknown(where, end)}, and this operator shifts right by {int(right[beyond].flatten()[0])}"
+            )
+
+
+def _ends(legal: Shift | str | None) -> tuple[int, int]:
+    """Legal right shifts as far as they are stated, within what an int64 takes."""
+    low, high = (legal.min, legal.max) if isinstance(legal, Shift) else (None, None)
+    return (
+        max(low, -_FURTHEST) if isinstance(low, int) else -_FURTHEST,
+        min(high, _FURTHEST) if isinstance(high, int) else _FURTHEST,
+    )
 
 
 def code_bounds(site: Site) -> tuple[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums and products of two activations, element by element."""
+"""Sums and products of two operands, element by element."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,16 @@ from torch import Tensor, fx
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import clamped, code_bounds, fixed_point, rescaler, rounding_of
 from qhw.integer.codes import carrier
+from qhw.integer.operands import two_operands
 from qhw.integer.pair_table import by_table
 from qhw.integer.products import Fact, Lowered, Run
+from qhw.integer.shift_sum import register_of, shift_add
 from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, fma_float32, round_real
 
 __all__ = ["lower_add", "lower_mul"]
+
+_SUMS = ("float32", "fixed_point", "shift")
 
 
 def lower_add(site: Site) -> Lowered:
@@ -29,19 +33,23 @@ def lower_add(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open what decides.
     """
-    a, b, out = _operands(site)
+    operands, out = two_operands(site), site.result
+    a, b = operands.a, operands.b
     path, rule = site.requantize
     limits, kept = code_bounds(site), carrier(out)
     sign = -1 if site.operator.kind == "Sub" else 1
     if rule.kind == "float32":
         run, facts = _float32_add(site, a, b, out, sign)
-        return Lowered(by_table(run, a, b), facts=facts)
-    if rule.kind == "fixed_point":
-        add, facts = _fixed_point_add(site, a, b, out, sign)
-        return Lowered(by_table(lambda values: clamped(add(values), limits, kept), a, b), facts=facts)
+        return Lowered(operands.bound(by_table(run, a, b)), facts=facts)
     if rule.kind is None or rule.kind == "unknown":
-        raise unknown(f"{path}.kind", rule.kind)
-    raise IntegerError(f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind} yet')
+        raise unknown(f"{path}.kind", rule.kind, _SUMS)
+    if rule.kind not in _SUMS:
+        raise IntegerError(
+            f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind}; kinds that can: '
+            f"{', '.join(_SUMS)}"
+        )
+    add, facts = (_fixed_point_add if rule.kind == "fixed_point" else shift_add)(site, a, b, out, sign)
+    return Lowered(operands.bound(by_table(lambda values: clamped(add(values), limits, kept), a, b)), facts=facts)
 
 
 def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
@@ -69,8 +77,6 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
 
 
 def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
-    if site.adds_zero_point_first:
-        raise IntegerError(f'{site.path}.rounding_order = "zero_point_before" needs requantize kind float32')
     table = site.spec.preshift_bits
     where = f"{site.path}.preshift_bits"
     if not isinstance(table, dict):
@@ -94,25 +100,38 @@ def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int
 
 
 def lower_mul(site: Site) -> Lowered:
-    """Mul: the product of centred codes is the accumulator.
+    """Mul: the product of centred codes is the accumulator, of the width that the kernel names, if it names one.
 
     Raises:
         IntegerError: the target leaves open what decides.
     """
-    a, b, out = _operands(site)
+    operands, out = two_operands(site), site.result
+    a, b = operands.a, operands.b
     zeros = a.zero_point, b.zero_point
+    named = site.kernel is not None and site.kernel.accumulator is not None
+    register, width = register_of(site, *_product_ends(a, b)) if named else (None, {})
 
     def accumulate(values: Sequence[Tensor]) -> Tensor:
         x, y = (v.long() - z for v, z in zip(values, zeros, strict=True))
-        return x * y
+        return x * y if register is None else register(x * y)
 
     def ratio(product: torch.dtype, quotient: torch.dtype) -> Tensor:
         return (a.scale.to(product) * b.scale.to(product)).to(quotient) / out.scale.to(quotient)
 
-    rescale = rescaler(site, ratio, int(out.zero_point))
-    limits, kept = code_bounds(site), carrier(out)
-    facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits}
-    return Lowered(by_table(lambda values: rescale.codes(accumulate(values), limits, kept), a, b), accumulate, facts)
+    rescale, limits, kept = rescaler(site, ratio, int(out.zero_point)), code_bounds(site), carrier(out)
+    facts: dict[str, Fact] = {"rule": "product", "requantize": rescale, "clamp": limits, **width}
+
+    def run(values: Sequence[Tensor]) -> Tensor:
+        return rescale.codes(accumulate(values), limits, kept)
+
+    return Lowered(operands.bound(by_table(run, a, b)), operands.bound(accumulate), facts)
+
+
+def _product_ends(a: QParams, b: QParams) -> tuple[int, int]:
+    """Lowest and highest product of centred codes."""
+    ends = [(q.quant_min - int(q.zero_point), q.quant_max - int(q.zero_point)) for q in (a, b)]
+    products = [x * y for x in ends[0] for y in ends[1]]
+    return min(products), max(products)
 
 
 def _is_first_broadcast(site: Site) -> bool:
@@ -132,9 +151,3 @@ def _is_first_broadcast(site: Site) -> bool:
             "the order of its float32 sum is not known"
         )
     return True
-
-
-def _operands(site: Site) -> tuple[QParams, QParams, QParams]:
-    if len(site.inputs) != 2 or site.weight is not None:
-        raise IntegerError(f"{site.operator.kind} with a constant cannot be executed exactly yet")
-    return site.inputs[0], site.inputs[1], site.result

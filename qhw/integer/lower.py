@@ -10,7 +10,7 @@ from qhw.graph import MOVEMENT_KINDS
 from qhw.integer.approximation import approximation_of
 from qhw.integer.elementwise import lower_add, lower_mul
 from qhw.integer.hard_swish import lower_hard_swish, lower_rsqrt
-from qhw.integer.movement import lower_concat, lower_movement, regridded
+from qhw.integer.movement import lower_concat, lower_movement, onto_result, regridded
 from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
 from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
@@ -47,6 +47,8 @@ _FORMS: Mapping[str, Callable[[Site], Lowered]] = {
 }  # fmt: skip
 _IN_FIXED_POINT = ("HardSwish", "Rsqrt", "Softmax", "LogSoftmax", "Resize")
 
+_KEEPING_CODES = MOVEMENT_KINDS | {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Max", "Min"}
+
 
 @dataclass(frozen=True)
 class Obstacle:
@@ -73,6 +75,7 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")
             _check_approximation(site)
+            site = onto_result(site) if site.operator.kind in _KEEPING_CODES else site
             moves = tuple(regridded(site, *grids) for grids in zip(site.sources, site.inputs, strict=True))
             found[site.name] = site, replace(form(site), moves=moves)
         except IntegerError as error:

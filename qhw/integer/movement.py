@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators that move codes, and those that put several tensors on one grid."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,27 +15,56 @@ from qhw.integer.site import Site, unknown
 from qhw.numerics import QParams, quantize
 from qhw.schema import Approximation
 
-__all__ = ["Regridding", "lower_concat", "lower_movement", "regridded"]
+__all__ = ["Regridding", "lower_concat", "lower_movement", "onto_result", "regridded"]
+
+
+def onto_result(site: Site) -> Site:
+    """An operator that only moves or compares codes, its operands on the grid of its result.
+
+    They get there before it runs, by the requantization of its kernel. A move or a maximum of codes commutes with that,
+    since it keeps the order of codes.
+
+    Raises:
+        IntegerError: an operand has a format of its own, and the result another one.
+    """
+    out = site.output
+    if out is None or all(is_one_grid(q, out) for q in site.inputs):
+        return site
+    if any(not is_one_grid(*grids) for grids in zip(site.sources, site.inputs, strict=True)):
+        raise IntegerError(f"{site.operator.kind} of an operand in a format of its own needs its result in that format")
+    return replace(site, inputs=(out,) * len(site.inputs))
 
 
 def lower_movement(site: Site) -> Lowered:
     """Transpose, Slice, Pad and the like: the same codes elsewhere; padding is the code of its value.
 
     Raises:
-        IntegerError: input and output are on two grids, or the padding is no constant.
+        IntegerError: arguments are computed, or the value that is padded with depends on the grid that is padded.
     """
-    x, out = site.inputs[0], site.output or site.inputs[0]
-    if not is_one_grid(x, out):
-        raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
+    x = site.inputs[0]
     function = site.function()
     if len(site.node.all_input_nodes) > 1:
         raise IntegerError(f"{site.operator.kind} with computed arguments cannot be executed exactly yet")
     if site.operator.kind == "Pad" and site.operator.attributes["mode"] == "constant":
-        value = torch.tensor(float(site.operator.attributes["value"])) / x.scale
-        code = int((value.round() + x.zero_point).clamp(x.quant_min, x.quant_max))
-        pads = list(site.operator.attributes["padding"])
+        code, pads = _padding_code(site, x), list(site.operator.attributes["padding"])
         return Lowered(lambda values: torch.nn.functional.pad(values[0], pads, value=code), facts={"rule": "move"})
     return Lowered(lambda values: function(values[0]), facts={"rule": "move"})
+
+
+def _padding_code(site: Site, x: QParams) -> int:
+    """Code of the value that is padded with, on the grid of the result."""
+    value, source = float(site.operator.attributes["value"]), site.sources[0]
+    found = _code(value, x)
+    if int(regridded(site, source, x)(torch.tensor([_code(value, source)]).to(carrier(source)))) != found:
+        raise IntegerError(
+            f"Pad with {value:g} between two grids: its code is {found} or another, by the grid that is padded, which "
+            "no target states"
+        )
+    return found
+
+
+def _code(value: float, q: QParams) -> int:
+    return int(((torch.tensor(value) / q.scale).round() + q.zero_point).clamp(q.quant_min, q.quant_max))
 
 
 def lower_concat(site: Site) -> Lowered:

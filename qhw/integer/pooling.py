@@ -14,32 +14,27 @@ from qhw.integer.codes import carrier, is_one_grid, reach
 from qhw.integer.exact import exact_dtype
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site, unknown
+from qhw.integer.stages import order_decides
 from qhw.numerics import Rounding
 
 __all__ = ["lower_average", "lower_extremum", "lower_maximum"]
 
 
 def lower_maximum(site: Site) -> Lowered:
-    """MaxPool, ReduceMax, ReduceMin: codes in the order of their reals; input and output on one grid.
-
-    Raises:
-        IntegerError: the grids differ.
-    """
-    if site.output is None or not is_one_grid(site.inputs[0], site.output):
-        raise IntegerError(f"{site.operator.kind} between two grids cannot be executed exactly yet")
+    """MaxPool, ReduceMax, ReduceMin: codes in the order of their reals, on the grid of the result."""
     limits = code_bounds(site)
     function = site.function()
     return Lowered(lambda values: function(values[0]).clamp(*limits), facts={"rule": "extremum", "clamp": limits})
 
 
 def lower_extremum(site: Site) -> Lowered:
-    """Max or Min of two tensors: codes in the order of their reals; all on one grid.
+    """Max or Min of two tensors: codes in the order of their reals, on the grid of the result.
 
     Raises:
-        IntegerError: the grids differ, or an operand is a constant.
+        IntegerError: an operand is a constant.
     """
-    if len(site.inputs) != 2 or any(site.output is None or not is_one_grid(q, site.output) for q in site.inputs):
-        raise IntegerError(f"{site.operator.kind} needs two activations and its result on one grid to be exact")
+    if len(site.inputs) != 2:
+        raise IntegerError(f"{site.operator.kind} with a constant cannot be executed exactly yet")
     limits = code_bounds(site)
     target: Any = site.node.target
     facts: dict[str, Fact] = {"rule": "extremum", "clamp": limits}
@@ -68,8 +63,9 @@ def lower_average(site: Site) -> Lowered:
     folded = _folded_count(site, divisor)
     if _divides(site) and folded is None:
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
-        before = site.adds_zero_point_first
-        offset, rule = (int(x.zero_point) if before else 0), rounding_of(site)
+        rule = rounding_of(site)
+        before = order_decides(rule, int(x.zero_point)) and site.adds_zero_point_first
+        offset = int(x.zero_point) if before else 0
         rest = int(x.zero_point) - offset
 
         def divided(values: Sequence[Tensor]) -> Tensor:

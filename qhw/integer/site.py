@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One operator of a quantized model with all that decides its integer result."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,14 +140,15 @@ class Site:
 
     @property
     def adds_zero_point_first(self) -> bool:
-        """Whether the zero point is added before rounding; where the target states nothing, it is added behind.
+        """Whether the zero point is added before rounding. Asked for only where that changes a code.
 
         Raises:
-            IntegerError: the target says that it is unknown.
+            IntegerError: the target leaves it open.
         """
-        if self.spec.rounding_order == "unknown":
-            raise unknown(f"{self.path}.rounding_order", "unknown")
-        return self.spec.rounding_order == "zero_point_before"
+        found = self.spec.rounding_order
+        if found is None or found == "unknown":
+            raise unknown(f"{self.path}.rounding_order", found, ("zero_point_after", "zero_point_before"))
+        return found == "zero_point_before"
 
     def _named(self, field: str) -> str:
         found = getattr(self.kernel, field) if self.kernel is not None else None
@@ -156,10 +157,17 @@ class Site:
         return str(found)
 
 
-def unknown(path: str, value: object) -> IntegerError:
-    """A fact that the target leaves open."""
+def unknown(path: str, value: object, choices: Iterable[str] = ()) -> IntegerError:
+    """A fact that the target leaves open.
+
+    Args:
+        path: Its field.
+        value: What stands there: None or "unknown".
+        choices: What may stand there, where that is a short list.
+    """
     what = "not stated" if value is None else f"'{value}'"
-    return IntegerError(f"{path} is {what}")
+    listed = " or ".join(choices)
+    return IntegerError(f"{path} is {what}{f', and must be {listed}' if listed else ''}")
 
 
 def sites(result: QuantizedModel) -> Iterator[Site]:

@@ -144,6 +144,10 @@ def lower_clip(site: Site) -> Lowered:
     x, out = site.inputs[0], site.result
     move, limits, kept = regridded(site, x, out), code_bounds(site), carrier(out)
     facts: dict[str, Fact] = {"rule": "clamp", "clamp": limits}
+    if move.table is not None:
+        table = move.table.clamp(*limits)
+        facts = {"rule": "table", "first": x.quant_min, "table": table}
+        return Lowered(lambda values: table[values[0].long() - x.quant_min], facts=facts)
     if move.requantize is None:
         return Lowered(lambda values: values[0].clamp(*limits), facts=facts)
     scaled, zero_point = move.requantize, x.zero_point

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an accelerator is: target files, their models, loading, extending and checking them. Never torch, never onnx."""
 
-from qhw.schema.arithmetic import Accumulator, Bias, Pairwise, Ratio, Requantize, Shift, Stage
+from qhw.schema.arithmetic import Accumulator, Align, Bias, Pairwise, Ratio, Requantize, Shift, Stage
 from qhw.schema.base import UNKNOWN, Table
 from qhw.schema.closest import closest
 from qhw.schema.formats import Format
@@ -29,6 +29,7 @@ __all__ = [
     "PLANNED_LIMITS",
     "UNKNOWN",
     "Accumulator",
+    "Align",
     "Approximation",
     "Artefact",
     "Attribute",

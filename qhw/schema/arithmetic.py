@@ -8,7 +8,7 @@ from pydantic import Field
 
 from qhw.schema.base import Count, Int64, Positive, Problem, Rounding, Says, Table, Unknown, recorded, used
 
-__all__ = ["Accumulator", "Bias", "Pairwise", "Ratio", "Requantize", "Shift", "Stage"]
+__all__ = ["Accumulator", "Align", "Bias", "Pairwise", "Ratio", "Requantize", "Shift", "Stage"]
 
 Width = Annotated[int, Field(ge=1, le=128), Says("an integer from 1 to 128")]
 ShiftCount = Annotated[int, Field(ge=-128, le=128), Says("an integer from -128 to 128")]
@@ -115,13 +115,32 @@ class Ratio(Table):
             yield Problem(("min",), f"min must not exceed max; got {self.min} and {self.max}. Swap them.")
 
 
-class Stage(Table):
-    """One step of a requantization that rounds."""
+class Align(Table):
+    """How a sum brings operands on two power-of-two scales to one."""
 
-    operation: Literal["multiply", "shift", "activation", "add_zero_point"] | Unknown | None = recorded(
-        "What the step does."
+    to: Literal["finer", "coarser"] | Unknown | None = used(
+        "The scale that both get: the finer one, for which the operand on the coarser one is shifted left; or the "
+        "coarser one, for which the operand on the finer one is shifted right and rounded."
     )
-    rounding: Rounding | Unknown | None = recorded("How its result is rounded.")
+    rounding: Rounding | Unknown | None = used(
+        "Rounding of that right shift.",
+        recorded_values=("to_odd", "double", "double_half_to_plus_infinity", "selectable", "none"),
+    )
+    shift: Shift | Unknown | None = used("Legal right shifts of an operand.")
+
+
+class Stage(Table):
+    """One step of a requantization."""
+
+    operation: Literal["multiply", "shift", "activation", "add_zero_point"] | Unknown | None = used(
+        "What the step does: `multiply` by the multiplier, over 2^multiplier_bits; `shift` right; `add_zero_point` in "
+        "units of what is still to be shifted out.",
+        recorded_values=("activation",),
+    )
+    rounding: Rounding | Unknown | None = used(
+        "How its result is rounded to an integer.",
+        recorded_values=("to_odd", "double", "double_half_to_plus_infinity", "selectable", "none"),
+    )
 
 
 class Requantize(Table):
@@ -137,9 +156,15 @@ class Requantize(Table):
         recorded_values=("to_odd", "selectable", "none"),
     )
     selectable: tuple[Rounding, ...] | Unknown | None = recorded("The roundings a run-time register can select.")
-    stages: tuple[Stage, ...] | Unknown | None = recorded("Every step that rounds, in order, where they differ.")
+    stages: tuple[Stage, ...] | Unknown | None = used(
+        "Every step that rounds, in order, where one rule does not name them: of kinds `fixed_point` and `shift`."
+    )
     multiplier_bits: Width | Unknown | None = used("Bits of the integer multiplier's significand.")
-    shift: Shift | Unknown | None = used("Legal right shifts.")
+    shift: Shift | Unknown | None = used(
+        "Legal right shifts. A bound that is left open decides wherever an operator shifts its way: `max` right, `min` "
+        "left."
+    )
+    align: Align | Unknown | None = used("Of kind `shift`: how a sum brings operands of two scales to one.")
     shift_per: Literal["tensor", "out_channel"] | Unknown | None = recorded(
         "Sharing of the shift where it differs from `per`."
     )
@@ -161,5 +186,7 @@ class Requantize(Table):
         """Fields belong to their kind."""
         if self.multiplier_bits is not None and self.kind in ("float64", "shift", "thresholds", "none"):
             yield Problem(("multiplier_bits",), f'kind = "{self.kind}" has no multiplier. Remove it, or change kind.')
+        if self.align is not None and self.kind not in (None, "unknown", "shift"):
+            yield Problem(("align",), f'only kind = "shift" aligns by shifts; got "{self.kind}". Remove it.')
         if self.selectable is not None and self.rounding not in ("selectable", "unknown"):
             yield Problem(("selectable",), 'needs rounding = "selectable". Change rounding, or remove it.')

@@ -3,7 +3,7 @@
 
 from typing import Any, get_args
 
-from qhw.schema.arithmetic import Accumulator, Bias, Pairwise, Ratio, Requantize, Shift, Stage
+from qhw.schema.arithmetic import Accumulator, Align, Bias, Pairwise, Ratio, Requantize, Shift, Stage
 from qhw.schema.base import Table
 from qhw.schema.formats import Format
 from qhw.schema.kernels import ExponentBound, Kernel
@@ -26,6 +26,8 @@ MODELS: tuple[tuple[str, type[Table]], ...] = (
     ("`accumulators.<id>.pairwise`", Pairwise),
     ("`requantize.<id>`", Requantize),
     ("`requantize.<id>.shift`", Shift),
+    ("`requantize.<id>.align`", Align),
+    ("`requantize.<id>.align.shift`", Shift),
     ("`requantize.<id>.ratio`", Ratio),
     ("`requantize.<id>.stages[]`", Stage),
     ("`kernels.<id>`", Kernel),

@@ -114,6 +114,11 @@ def _requantize_by_ratio(site: Site) -> tuple[str, Requantize]:
     return f"requantize.{name}", site.target.requantize[name].model_copy(update={"regrid": "ratio"})
 
 
+def _stated_or_behind(original: property) -> property:
+    """The target states no order where it rescales by tables: the mutant's is behind rounding."""
+    return property(lambda site: site.spec.rounding_order == "zero_point_before")
+
+
 def _by_ratio(original: Callable[..., Any]) -> Callable[..., Any]:
     from qhw.integer.codes import is_one_grid
     from qhw.integer.movement import Regridding, rescaler
@@ -152,7 +157,9 @@ MUTANTS: Mapping[str, Mutant] = {
     "sums not fused": Mutant(("Add",), (("elementwise.fma_float32", lambda original: lambda a, b, c: a * b + c),)),
     "summands in the other order": Mutant(("Add",), (("elementwise._is_first_broadcast", opposite),)),
     "codes averaged, not reals": Mutant(("AveragePool",), (("real_average._of_reals", _codes_averaged),)),
-    "operands of a Concat by a ratio": Mutant(("Concat",), (("movement.regridded", _by_ratio),)),
+    "operands of a Concat by a ratio": Mutant(
+        ("Concat",), (("movement.regridded", _by_ratio), ("Site.adds_zero_point_first", _stated_or_behind))
+    ),
     "a window over the whole image as any other": Mutant(
         ("AveragePool",), (("real_average._is_whole", always(False)),)
     ),
@@ -250,6 +257,7 @@ def test_an_operand_in_another_format_is_dequantized_and_quantized_again(tmp_pat
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qhw.integer.movement.Approximation", type("Other", (), {}))
             patch.setattr("qhw.integer.site.Site.requantize", property(_requantize_by_ratio))
+            patch.setattr(Site, "adds_zero_point_first", _stated_or_behind(Site.adds_zero_point_first))  # type: ignore[arg-type]
             by_ratio += sum(one.differing for one in differences(IntegerModel(other).codes(given), mine))
     assert by_ratio > 0
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
-from qhw.schema import parse_target
 from tests import integer_support as reference
 from tests.integer_support import RULES, Grid, Rule, quantized, result_of
 
@@ -108,15 +107,6 @@ def test_padding_by_neighbours_moves_codes(mode: str) -> None:
     names = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
     expected = np.pad(x_q, [(0, 0), (0, 0), (2, 1)], mode=names[mode])  # type: ignore[call-overload]
     np.testing.assert_array_equal(IntegerModel(result)(x.reals(x_q)).numpy(), x.reals(expected).numpy())
-
-
-def test_a_move_between_two_grids_is_named() -> None:
-    row = 'operators.Pad = { same_scale = "input_output" }'
-    spec = parse_target(reference.text().replace(row, 'operators.Pad = { kernels = ["two"] }'))
-    grids = {"input": Grid(0.5), "result": Grid(0.25)}
-    result = quantized(Function(lambda v: F.pad(v, (1, 1))), spec, torch.zeros(2, 3, 4), grids)
-    with pytest.raises(IntegerError, match="Pad between two grids cannot be executed exactly yet"):
-        IntegerModel(result)
 
 
 class Joined(nn.Module):

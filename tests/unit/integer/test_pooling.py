@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -189,18 +188,6 @@ def test_a_maximum_picks_codes_in_the_order_of_their_reals(name: str) -> None:
     x_q = x.codes(np.random.default_rng(8), 3, 3, 6, 6)
     expected = x.quantized(MAXIMA[name](x.reals(x_q)).numpy())
     np.testing.assert_array_equal(run(MAXIMA[name], RULES[0], x, x, x_q), expected)
-
-
-def test_a_maximum_between_two_grids_is_named() -> None:
-    text = reference.text().replace(
-        'MaxPool = { kernels = ["two"], same_scale = "input_output" }',
-        'MaxPool = { kernels = ["two"], same_scale = "none" }',
-    )
-    spec = parse_target(text)
-    x = Grid(0.5, 17)
-    result = quantized(Function(MAXIMA["max-pool"]), spec, torch.zeros(2, 3, 6, 6), {"input": x, "result": Grid(0.3)})
-    with pytest.raises(IntegerError, match="MaxPool between two grids cannot be executed exactly yet"):
-        IntegerModel(result)
 
 
 def test_one_dimensional_and_three_dimensional_windows_sum_too() -> None:

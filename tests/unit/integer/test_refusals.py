@@ -35,13 +35,14 @@ def row(kind: str, more: str) -> Callable[[str], str]:
     return lambda text: text.replace(f"operators.{kind} = {{", f"operators.{kind} = {{ {more},")
 
 
+SKEWED = torch.linspace(-1, 3, 8).reshape(2, 4)
 X, IMAGE = torch.linspace(-1, 1, 8).reshape(2, 4), torch.linspace(-1, 1, 128).reshape(2, 4, 4, 4)
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Callable[[str], str], str]] = {
     "stages": (
         linear, (X,), reference.text(),
         lambda t: t.replace('"half_even" }', '"half_even", stages = [{ operation = "shift", rounding = "floor" }] }'),
-        "requantize.r.stages cannot be executed yet",
+        "requantize.r.stages needs kind fixed_point or shift; got float32",
     ),
     "count in a float multiplier": (
         lambda: FunctionOf(lambda x: x.mean(1)), (X,), reference.text(), row("ReduceMean", 'mean_count = "multiplier"'),
@@ -54,20 +55,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
     ),
     "zero point first in fixed point": (
         linear, (X,), reference.text(FIXED, order="zero_point_before"), str,
-        'operators.Gemm.rounding_order = "zero_point_before" needs requantize kind float32',
+        'operators.Gemm.rounding_order = "zero_point_before" does not say before which rounding of "double"',
     ),
     "zero point first in a fixed-point sum": (
-        lambda: FunctionOf(lambda x: x + x), (X,), reference.text(FIXED, order="zero_point_before"), str,
-        'operators.Add.rounding_order = "zero_point_before" needs requantize kind float32',
+        lambda: FunctionOf(lambda x: x + x), (SKEWED,), reference.text(FIXED, order="zero_point_before"), str,
+        'operators.Add.rounding_order = "zero_point_before" does not say before which rounding of "double"',
     ),
     "an open order of a fixed-point sum": (
         lambda: FunctionOf(lambda x: x + x), (X,), reference.text(FIXED, order="unknown"), str,
         "operators.Add.rounding_order is 'unknown'",
-    ),
-    "zero point first away from zero": (
-        linear, (X,),
-        reference.text('kind = "float32", rounding = "half_away_from_zero"', order="zero_point_before"), str,
-        "a zero point that is added before rounding needs half_even",
     ),
     "a ratio that is no power of two": (
         linear, (X,), reference.text(SHIFT), str,
@@ -79,9 +75,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         ), str,
         "requantize.r.shift goes from 30 to 31, and this operator needs",
     ),
-    "a sum by shifts": (
-        lambda: FunctionOf(lambda x: x + x), (X,), reference.text(SHIFT, activation=POWER), str,
-        'requantize.r.kind = "shift" cannot be executed for Add yet',
+    "a sum of another kind": (
+        lambda: FunctionOf(lambda x: x + x), (X,), reference.text('kind = "float64", rounding = "half_even"'), str,
+        'requantize.r.kind = "float64" cannot be executed for Add; kinds that can: float32, fixed_point, shift',
+    ),
+    "a kind without arithmetic": (
+        linear, (X,), reference.text('kind = "thresholds"'), str,
+        'requantize.r.kind = "thresholds" cannot be executed; kinds that can: float32, float64, fixed_point, shift',
     ),
     "each operand repeated along the other": (
         lambda: FunctionOf(lambda x, y: x + y), (IMAGE[:, :1], IMAGE[:, :, :1]),
@@ -89,10 +89,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         "Add of operands that are each broadcast along the other cannot be executed exactly: the order of its float32 "
         "sum is not known",
     ),
-    "a result in another grid's extremum": (
-        lambda: FunctionOf(torch.maximum), (X, 3 * X), reference.text(),
-        lambda t: t + 'operators.Max = { kernels = ["two"] }',
-        "Max needs two activations and its result on one grid to be exact",
+    "an extremum with a constant": (
+        lambda: FunctionOf(torch.maximum, torch.ones(4)), (X,), reference.text(),
+        lambda t: t + 'operators.Max = { kernels = ["two"], rounding_order = "zero_point_after" }',
+        "Max with a constant cannot be executed exactly yet",
     ),
     "no form": (
         lambda: FunctionOf(lambda x: x / x), (X,), reference.text(),
@@ -103,11 +103,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], str, Calla
         lambda: nn.LeakyReLU(-0.5), (X,), reference.text(without=("LeakyRelu",)),
         lambda t: t + 'operators.LeakyRelu = { kernels = ["two"] }',
         "LeakyRelu with slope -0.5 cannot be executed exactly yet",
-    ),
-    "a constant summand": (
-        lambda: FunctionOf(lambda x, c: x + c, torch.ones(4)), (X,), reference.text(),
-        lambda t: t.replace('kernels.two = { input = ["a"],', 'kernels.two = { input = ["a"], weight = ["a"],'),
-        "Add with a constant cannot be executed exactly yet",
     ),
     "rounding of codes": (
         lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU6()), (X,),

@@ -84,6 +84,7 @@ USED: dict[int, dict[str, Any]] = {
     17: {
         "formats.a8.rounding": "half_to_plus_infinity",
         "requantize.dbl.rounding": "double",
+        "requantize.k210.stages": None,
         "requantize.neon.rounding": "double_half_to_plus_infinity",
         "operators.Resize.rounding": "half_to_plus_infinity",
         "operators.Add.rounding_order": "zero_point_before",
@@ -187,7 +188,6 @@ RECORDED: dict[int, dict[str, Any]] = {
         "kernels.a2q.weight_abs_sum_max": "from_accumulator",
     },
     17: {
-        "requantize.k210.stages": None,
         "requantize.vxrm.selectable": ("half_to_plus_infinity", "half_even", "floor", "to_odd"),
         "requantize.vxrm.rounding": "selectable",
         "requantize.finn.kind": "thresholds",
