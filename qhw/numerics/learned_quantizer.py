@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qhw.errors import RangeError
 from qhw.numerics.fake_quantizer import FakeQuantizer
 from qhw.numerics.grid import Grid, legal_scale
-from qhw.numerics.learned import learned_fake_quantize
+from qhw.numerics.learned import NO_CLIP, Clip, clipped, learned_fake_quantize
 from qhw.numerics.qparams import QParams
 from qhw.numerics.rounding import Rounding
 
@@ -41,6 +41,7 @@ class LearnedQuantizer(FakeQuantizer):
     Attributes:
         scale_parameter: float32 [*P]; the scale or its logarithm.
         zero_point: float32 [*P], a parameter where it learns; rounded to the nearest code where it is used.
+        clip: Real bounds that x is limited to first, in place of a ReLU in front; none at the start.
 
     Reference:
         Nagel et al., 2021, arXiv:2106.08295, section 4.1, eqs. 38 to 40; Esser et al., 2020, arXiv:1902.08153 (gradient
@@ -66,6 +67,10 @@ class LearnedQuantizer(FakeQuantizer):
         self.learns_scale = grid.scale_kind != "fixed"
         self.learns_zero_point = learn_zero_point and not grid.zero_points
         self.gradient_scale = gradient_scale
+        self.clip: Clip = NO_CLIP
+        self._is_symmetric = grid.zero_point == 0
+        self._is_plain = grid.scale_kind == "float32"
+        self._scale_bounds = grid.scale_bounds
         super().__init__(qparams, rounding, name)
 
     def _hold(self, qparams: QParams) -> None:
@@ -82,7 +87,11 @@ class LearnedQuantizer(FakeQuantizer):
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
         """The legal scale in use: float32 [*P], with the gradient of the parameter."""
-        return cast(Tensor, _LegalScale.apply(self.scale_parameter, self.smallest_scale, self.grid, self.domain))  # type: ignore[no-untyped-call]
+        bounds = self._scale_bounds if self._is_plain else None
+        return cast(
+            Tensor,
+            _LegalScale.apply(self.scale_parameter, self.smallest_scale, self.grid, bounds, self.domain == "log2"),  # type: ignore[no-untyped-call]
+        )
 
     @property
     def qparams(self) -> QParams:
@@ -116,16 +125,23 @@ class LearnedQuantizer(FakeQuantizer):
             x: float [*shape], fits the granularity.
 
         Returns:
-            Tensor: x's dtype [*shape]; x itself when not enabled.
+            Tensor: x's dtype [*shape]; x itself, within the bounds of `clip`, when not enabled.
 
         Raises:
             RangeError: the scale does not fit the shape of x.
         """
         if not self.enabled:
-            return x
+            return clipped(x, self.clip)
         scale, zero_point = self._broadcast(x, self.scale, self.zero_points())
         return learned_fake_quantize(
-            x, scale, zero_point, self.quant_min, self.quant_max, self.rounding, self.gradient_scale
+            x,
+            scale,
+            None if self._is_symmetric else zero_point,
+            self.quant_min,
+            self.quant_max,
+            self.rounding,
+            self.gradient_scale,
+            self.clip,
         )
 
     def extra_repr(self) -> str:
@@ -139,14 +155,20 @@ class _LegalScale(torch.autograd.Function):
     """A parameter as the nearest legal scale; the gradient passes straight through."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, smallest: Tensor, grid: Grid, domain: ScaleDomain) -> Tensor:
-        wanted = torch.exp2(parameter) if domain == "log2" else parameter
-        scale = legal_scale(torch.maximum(wanted, smallest).double(), grid, "nearest")
-        ctx.is_log = domain == "log2"
-        ctx.save_for_backward(scale)
+    def forward(
+        ctx: Any, parameter: Tensor, smallest: Tensor, grid: Grid, bounds: tuple[float, float] | None, is_log: bool
+    ) -> Tensor:
+        wanted = torch.maximum(torch.exp2(parameter) if is_log else parameter, smallest)
+        # The bounds of a grid that takes any float32 are float32 numbers: no wider arithmetic is needed.
+        scale = wanted.clamp_(*bounds) if bounds is not None else legal_scale(wanted.double(), grid, "nearest")
+        ctx.is_log = is_log
+        if is_log:
+            ctx.save_for_backward(scale)
         return scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if not ctx.is_log:
+            return grads[0], None, None, None, None
         (scale,) = ctx.saved_tensors
-        return grads[0] * scale * math.log(2) if ctx.is_log else grads[0], None, None, None
+        return grads[0] * scale * math.log(2), None, None, None, None

@@ -15,6 +15,7 @@ from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale, quantize
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, OperatorCall, SyncedBatchNorm
 from qhw.training.bias import BiasQuantizer
+from qhw.training.fusion import fuse_clips
 
 __all__ = ["TrainingForm"]
 
@@ -186,7 +187,9 @@ class TrainingForm(Work):
             graph.refresh()
         modules = self._modules()
         points = [point for point in self.plan.points if point.group not in paths]
-        return graph.module, paths | insert_modules(graph, points, lambda point: modules.get(point.group))
+        paths |= insert_modules(graph, points, lambda point: modules.get(point.group))
+        fuse_clips(graph)
+        return graph.module, paths
 
     def _modules(self) -> dict[str, nn.Module]:
         """Group -> its quantizer; none for biases that need none."""

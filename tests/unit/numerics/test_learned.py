@@ -2,6 +2,7 @@
 """Gradients of scale and zero point: by hand at the clipping edges, against plain autograd, in pieces, compiled."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qhw.numerics import (
     fake_quantize,
     learned_fake_quantize,
 )
+from qhw.numerics.learned import NO_CLIP, clipped
 
 FREE = Grid(-8, 7)
 SYMMETRIC = Grid(-8, 7, zero_point=0)
@@ -119,7 +121,7 @@ def test_pieces_give_what_one_piece_gives(layout, monkeypatch):
         return learned_fake_quantize(*leaves, -128, 127)
 
     values, found = run(*tensors), gradients(run, *tensors, upstream=upstream)
-    monkeypatch.setattr("qhw.numerics.learned._fits_pieces", lambda *_: False)
+    monkeypatch.setattr("qhw.numerics.learned.fits_pieces", lambda *_: False)
     assert torch.equal(values, run(*tensors))
     whole = gradients(run, *tensors, upstream=upstream)
     assert torch.equal(found[0], whole[0])
@@ -127,6 +129,67 @@ def test_pieces_give_what_one_piece_gives(layout, monkeypatch):
     # float32 sums of 2^17 such terms in 64 lanes err by some 2^-24 * 512 * 2^11 / 64 = 0.001 each.
     for mine, expected in zip(found[1:], whole[1:], strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=0.02)
+
+
+@pytest.mark.parametrize("learns_zero", [True, False], ids=["zero learns", "zero stays"])
+@pytest.mark.parametrize("zero_point", [-128.0, 3.4, 127.0])
+@pytest.mark.parametrize("scale", [0.02, 0.011, 0.1])
+@pytest.mark.parametrize(
+    "clip", [(0.0, math.inf), (0.0, 2.0), (-1.0, 1.5), (-math.inf, 0.5), (-1.0, math.inf), (0.5, 1.0), (-9.0, 9.0)]
+)
+def test_a_clip_on_the_way_is_the_clip_in_front(clip, scale, zero_point, learns_zero):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, 1000, generator=generator) * 2
+    upstream = torch.randn(x.shape, generator=generator)
+    x.flatten()[:3] = torch.tensor([clip[0] if math.isfinite(clip[0]) else 0.0, clip[1], 0.0]).clamp(-99, 99)
+    tensors = (x, torch.tensor(scale), torch.tensor(zero_point))[: 3 if learns_zero else 2]
+
+    def fused(x, scale, zero=None):
+        zero = torch.tensor(zero_point) if zero is None else zero
+        return learned_fake_quantize(x, scale, zero, -128, 127, clip=clip)
+
+    def apart(x, scale, zero=None):
+        zero = torch.tensor(zero_point) if zero is None else zero
+        return learned_fake_quantize(clipped(x, clip), scale, zero, -128, 127)
+
+    assert torch.equal(fused(*tensors), apart(*tensors))
+    found, wanted = gradients(fused, *tensors, upstream=upstream), gradients(apart, *tensors, upstream=upstream)
+    assert torch.equal(found[0], wanted[0])
+    for mine, expected in zip(found[1:], wanted[1:], strict=True):
+        # Sums of 150,000 float32 terms grad * y / s of up to 4 * 255 in size, in another order: as in pieces, above.
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=0.05)
+    small = (x[0, :2, :9], *tensors[1:])  # too small for pieces: the clip runs in front
+    assert torch.equal(fused(*small), apart(*small))
+    for mine, expected in zip(
+        gradients(fused, *small, upstream=upstream[0, :2, :9]),
+        gradients(apart, *small, upstream=upstream[0, :2, :9]),
+        strict=True,
+    ):
+        assert torch.equal(mine, expected)
+
+
+def test_clips_are_those_of_torch():
+    x = torch.tensor([-2.0, 0.0, 0.5, 1.0, 3.0]).requires_grad_()
+    assert torch.equal(clipped(x, (0.0, math.inf)), torch.relu(x))
+    clipped(x, (0.0, 1.0)).sum().backward()
+    assert x.grad.tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
+    assert clipped(x, NO_CLIP) is x
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(0)])
+def test_no_zero_point_is_a_zero_point_of_zero(granularity):
+    x = torch.randn(6, 1000, generator=torch.Generator().manual_seed(1))
+    scale = torch.full((6,) if granularity == PerAxis(0) else (), 0.1)
+    zero = torch.zeros_like(scale)
+    upstream = torch.ones_like(x)
+
+    def run(x, scale, zero=None):
+        zero = None if zero is None else expand(zero, granularity, (6, 1000))
+        return learned_fake_quantize(x, expand(scale, granularity, (6, 1000)), zero, -8, 7)
+
+    assert torch.equal(run(x, scale), run(x, scale, zero))
+    found, wanted = gradients(run, x, scale, upstream=upstream), gradients(run, x, scale, zero, upstream=upstream)
+    assert all(map(torch.equal, found, wanted[:2]))
 
 
 @pytest.mark.parametrize("zero_point", [0, 3])

@@ -10,7 +10,7 @@ from torch import nn
 
 import qhw
 from qhw.errors import PlanError, ResultError, TrainingError
-from qhw.numerics import LearnedQuantizer, quantize
+from qhw.numerics import FakeQuantizer, LearnedQuantizer, quantize
 from qhw.training import DoubleForward, KeptNorm
 from qhw.training.batch_norm import SyncedBatchNorm
 from tests.training_support import images, network, quantized, randomize, steps, trainable
@@ -75,26 +75,19 @@ def test_every_layer_computes_what_it_did_but_for_float_rounding():
     result = quantized()
     before, after = {}, {}
 
-    def record(into):
-        def hook(module, given, output):
-            into[module.name] = given[0].detach()
-
-        return hook
-
     def watched(result, into):
         for module in result.modules():
-            if hasattr(module, "quant_min") and hasattr(module, "name"):
-                module.register_forward_hook(record(into))
+            if isinstance(module, FakeQuantizer):
+                module.register_forward_hook(lambda module, _, output: into.setdefault(module.name, output.detach()))
         return result(images())
 
     watched(biases_off(copy.deepcopy(result)), before)
     watched(qhw.trainable(result), after)
-    for name in ("0", "3", "6", "11"):
-        # The input of the first quantizer differs by float rounding; later ones by a few flipped ties in between.
-        atol = 1e-5 if name == "0" else 0.1
-        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=atol)
-    worst = (after["3"] - before["3"]).abs()
-    assert float((worst > 1e-4).float().mean()) < 0.01
+    assert torch.equal(after["input"], before["input"])
+    for name, share in (("0", 0.0), ("3", 0.01), ("6", 0.02)):
+        # The sums differ by float rounding: but for a tie here and there, and what follows from it, codes are equal.
+        differs = ((after[name] - before[name]).abs() > 0.5 * result.quantizer(name).scale).float().mean()
+        assert float(differs) <= share, name
 
 
 @pytest.mark.parametrize("pipeline", ["whitepaper-ptq", "whitepaper-qat"])
