@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 endif
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types bench bench-ptq bench-integer clean
+.PHONY: demo test test-slow lint types bench bench-ptq bench-qat bench-integer clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -36,6 +36,9 @@ bench-integer: $(READY)
 
 bench-ptq: $(READY)
 	$(BIN)/python -m bench.ptq
+
+bench-qat: $(READY)
+	$(BIN)/python -m bench.qat
 
 # Installed again when the dependencies or the entry points change.
 $(READY): pyproject.toml constraints.txt

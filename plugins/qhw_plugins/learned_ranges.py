@@ -18,7 +18,8 @@ class LearnedRangesOptions(AlgorithmOptions):
     """What learns, and in which form."""
 
     domain: ScaleDomain = Field(
-        "linear", description="What learns: the scale, or its base-2 logarithm; powers of two always the latter."
+        "log2",
+        description="What learns: a scale's base-2 logarithm, or (linear) the scale; powers of two: log2 always.",
     )
     zero_point: bool = Field(True, description="Whether free zero points learn, too.")
     gradient_scale: Literal["none", "lsq"] = Field(
@@ -30,10 +31,12 @@ class LearnedRanges(TrainingAlgorithm):
     """Makes every scale a parameter, every free zero point another one, from the ranges that are set.
 
     Gradients: eqs. 38 to 40; see `qhw.numerics.learned_fake_quantize`. Scales stay legal on the target at every step.
-    The paper takes the gradients as they are and leaves their size to the optimizer; so does this by default.
+    The paper takes the gradients as they are and leaves their size to the optimizer; so does this.
 
     Reference:
-        Nagel et al., 2021, arXiv:2106.08295, section 4.1; `gradient_scale="lsq"`: Esser et al., 2020,
+        Nagel et al., 2021, arXiv:2106.08295, section 4.1. Differs by default: what learns is the logarithm of the scale,
+        so that a step of the optimizer changes large and small scales by the same ratio; with the scale itself Adam
+        drives scales of 1e-3 to their lower bound at a rate that suits weights. `domain="linear"` is the paper's. `gradient_scale="lsq"`: Esser et al., 2020,
         arXiv:1902.08153, section 2.2.
     """
 

@@ -135,6 +135,20 @@ def test_the_four_lines_of_python_take_a_file_as_target(folder: Path) -> None:
     assert (folder / "out" / "model.onnx").is_file()
 
 
+def test_the_training_of_the_readme_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, train = (next(b for b in blocks("python") if word in b) for word in ("qhw.load_target", "qhw.trainable"))
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten()
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(288, 4)).eval()
+    images, labels = torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))
+    names = {"model": model, "example_inputs": images[:1], "loader": images.split(8), "torch": torch}
+    names["training"] = [(images, labels)] * 20
+    exec(compile(first, "README.md", "exec"), names)  # noqa: S102 (our own README)
+    before = torch.nn.functional.cross_entropy(names["result"](images), labels)
+    exec(compile(train, "README.md", "exec"), names)  # noqa: S102
+    assert torch.nn.functional.cross_entropy(names["result"](images), labels) < 0.7 * before
+
+
 def test_the_plan_of_the_readmes_model_is_replayed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
