@@ -9,7 +9,7 @@ from pydantic import Field
 from qhw.decisions import Reason, Resources, Site, Step, Survey, Verdict
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import LearnedQuantizer, PerAxis, ScaleDomain
+from qhw.numerics import LearnedQuantizer, PerAxis, PerGroup, ScaleDomain
 from qhw.schema import TargetSpec
 from qhw_plugins.sites import TAKEN, activation_sites, scale_reasons, weight_sites
 
@@ -18,8 +18,7 @@ class LearnedRangesOptions(AlgorithmOptions):
     """What learns, and in which form."""
 
     domain: ScaleDomain = Field(
-        "log2",
-        description="What learns: a scale's base-2 logarithm, or (linear) the scale; powers of two: log2 always.",
+        "log2", description="What learns: a scale's base-2 logarithm (powers of two: always), or (linear) the scale."
     )
     zero_point: bool = Field(True, description="Whether free zero points learn, too.")
     gradient_scale: Literal["none", "lsq"] = Field(
@@ -34,10 +33,10 @@ class LearnedRanges(TrainingAlgorithm):
     The paper takes the gradients as they are and leaves their size to the optimizer; so does this.
 
     Reference:
-        Nagel et al., 2021, arXiv:2106.08295, section 4.1. Differs by default: what learns is the logarithm of the scale,
-        so that a step of the optimizer changes large and small scales by the same ratio; with the scale itself Adam
-        drives scales of 1e-3 to their lower bound at a rate that suits weights. `domain="linear"` is the paper's. `gradient_scale="lsq"`: Esser et al., 2020,
-        arXiv:1902.08153, section 2.2.
+        Nagel et al., 2021, arXiv:2106.08295, section 4.1. Differs by default: what learns is the logarithm of a scale, so
+        that a step of the optimizer changes large and small scales by the same ratio. With the scale itself Adam drives
+        scales of 1e-3 to their lower bound at rates that suit weights; `domain="linear"` is the paper's.
+        `gradient_scale="lsq"`: Esser et al., 2020, arXiv:1902.08153, section 2.2.
     """
 
     name = "learned_ranges"
@@ -48,7 +47,7 @@ class LearnedRanges(TrainingAlgorithm):
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weights and activations but those whose scale the format prescribes."""
         names = (*weight_sites(points), *activation_sites(points))
-        sites = tuple(_site(points, target, name) for name in names)
+        sites = tuple(scale_site(points, target, name) for name in names)
         taken = tuple(site.name for site in sites if site.verdict.taken)
         reasons = scale_reasons(points, target, taken, "a {value} scale learns with the weights")
         if not taken:
@@ -72,7 +71,8 @@ class LearnedRanges(TrainingAlgorithm):
         )
 
 
-def _site(points: Placement, target: TargetSpec, group: str) -> Site:
+def scale_site(points: Placement, target: TargetSpec, group: str) -> Site:
+    """A group, refused where its format prescribes the scale."""
     name = next(point.format for point in points.points if point.group == group)
     scale = target.formats[name].scale
     if getattr(scale, "kind", None) == "fixed":
@@ -87,7 +87,9 @@ def _lsq_factor(form: Any, group: str) -> float:
     shape = form.graph.tensor(point.tensor).shape if point.role == "weight" else form.shape(point)[1:]
     count = math.prod(shape)
     if isinstance(qparams.granularity, PerAxis):
-        count //= shape[qparams.granularity.axis]
+        count //= max(shape[qparams.granularity.axis], 1)
+    elif isinstance(qparams.granularity, PerGroup):
+        count = qparams.granularity.group_size
     return 1.0 / math.sqrt(max(count, 1) * max(qparams.quant_max, 1))
 
 

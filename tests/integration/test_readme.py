@@ -142,7 +142,7 @@ def test_the_training_of_the_readme_runs(folder: Path, monkeypatch: pytest.Monke
     model = torch.nn.Sequential(*layers, torch.nn.Linear(288, 4)).eval()
     images, labels = torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,))
     names = {"model": model, "example_inputs": images[:1], "loader": images.split(8), "torch": torch}
-    names["training"] = [(images, labels)] * 20
+    names["training"] = [(images, labels)] * 60
     exec(compile(first, "README.md", "exec"), names)  # noqa: S102 (our own README)
     before = torch.nn.functional.cross_entropy(names["result"](images), labels)
     exec(compile(train, "README.md", "exec"), names)  # noqa: S102
