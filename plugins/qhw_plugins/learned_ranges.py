@@ -33,7 +33,7 @@ class LearnedRanges(TrainingAlgorithm):
     The paper takes the gradients as they are and leaves their size to the optimizer; so does this.
 
     Reference:
-        Nagel et al., 2021, arXiv:2106.08295, section 4.1. Differs by default: what learns is the logarithm of a scale, so
+        Nagel et al., 2021, arXiv:2106.08295, section 4.1. Differs by default: what learns is a scale's logarithm, so
         that a step of the optimizer changes large and small scales by the same ratio. With the scale itself Adam drives
         scales of 1e-3 to their lower bound at rates that suit weights; `domain="linear"` is the paper's.
         `gradient_scale="lsq"`: Esser et al., 2020, arXiv:1902.08153, section 2.2.

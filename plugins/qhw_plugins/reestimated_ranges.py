@@ -8,12 +8,13 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Resources, Step, Survey
+from qhw.decisions import Reason, Resources, Step, Survey, Verdict
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import FakeQuantizer, Grid, QParams, qparams_from_range, range_of
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import activation_sites, all_sites, scale_reasons, weight_sites
+from qhw_plugins.learned_ranges import scale_site
+from qhw_plugins.sites import activation_sites, scale_reasons, weight_sites
 
 
 class ReestimatedRangesOptions(AlgorithmOptions):
@@ -77,9 +78,14 @@ class ReestimatedRanges(TrainingAlgorithm):
     options: ReestimatedRangesOptions
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
-        """All weights and activations."""
+        """All weights and activations but those whose scale the format prescribes."""
         names = (*weight_sites(points), *activation_sites(points))
-        return all_sites(names, scale_reasons(points, target, names, "a {value} scale follows every step"))
+        sites = tuple(scale_site(points, target, name) for name in names)
+        taken = tuple(site.name for site in sites if site.verdict.taken)
+        reasons = scale_reasons(points, target, taken, "a {value} scale follows every step")
+        if not taken:
+            reasons = (Reason(subject="points", value=0, rule="no scale is free to follow"),)
+        return Survey(verdict=Verdict(taken=bool(taken), reasons=reasons), sites=sites)
 
     def attach(self, form: Any, step: Step) -> None:
         """A following quantizer for every planned group."""
