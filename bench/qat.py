@@ -9,7 +9,7 @@ In several processes, each with `--part NAME --save FOLDER`, then once:
 
     python -m bench.qat --join FOLDER                     # writes bench/QAT.md
 
-Protocol: the schedule is short: 20,000 training images, two epochs of batches of 128 (314 steps), flipped and shifted
+Protocol: the schedule is short: 12,800 training images, two epochs of batches of 128 (200 steps), flipped and shifted
 by up to three pixels, Adam, learning rate 1e-3 falling to 0 along a cosine; seed 0. The float model is fine-tuned by
 the same schedule and is the baseline, since these images raise it by itself. Ranges start by MSE on the first 512
 training images; top-1 on all 10,000 test images, one seed. Every tensor is quantized, target whitepaper/generic-int8,
@@ -38,7 +38,7 @@ from qhw.engine import SilentProgress, top1
 
 HERE = Path(__file__).parent
 LR, QUANTIZER_LR = 1e-3, 3e-3
-EPOCHS, BATCH, IMAGES = 2, 128, 20_000
+EPOCHS, BATCH, IMAGES = 2, 128, 12_800
 REPEATS = 7
 NETWORKS = ("resnet20", "mobilenetv2")
 # Bits, weights per, formats of weights and activations, and the most that may be lost against the baseline.
