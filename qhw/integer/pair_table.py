@@ -33,12 +33,23 @@ def by_table(run: Run, a: QParams, b: QParams) -> Run:
 
     def look_up(values: Sequence[Tensor]) -> Tensor:
         x, y = torch.broadcast_tensors(*values)  # type: ignore[no-untyped-call]
+        if any(_has_channels_last(t) for t in (x, y)):
+            return in_order(x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        return in_order(x, y)
+
+    def in_order(x: Tensor, y: Tensor) -> Tensor:
+        """Element by element, as they lie in memory."""
         found = torch.empty(x.shape, dtype=table.dtype)
         rows = max(1, _CHUNK * len(x) // max(x.numel(), 1)) if x.dim() else 1
-        parts = zip(*(t.split(rows) if t.dim() else (t,) for t in (x, y, found)), strict=True)
+        parts = zip(*(torch.split(t, rows) if t.dim() else (t,) for t in (x, y, found)), strict=True)
         for one, other, part in parts:
-            index = (one * columns).add_(other).sub_(offset).int().flatten()
+            index = torch.add(other.contiguous(), one.contiguous(), alpha=columns)
+            index = (index.sub_(offset) if offset else index).int().flatten()
             torch.index_select(table, 0, index, out=part.view(-1))
         return found
 
     return look_up
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
