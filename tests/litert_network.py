@@ -61,15 +61,15 @@ class Network:
 
 
 def build_network(result: QuantizedModel, batch: int) -> Network:
-    """The file of a model that runs whole on google/litert-int8, for inputs of `batch` samples; one input."""
+    """The file of a model that runs whole on google/litert-int8, for inputs of `batch` samples."""
     writer, graph = Writer(), result.float_graph
     by_name = {site.name: site for site in sites(result)}
     behind = {member.name for site in by_name.values() for member in site.members[1:]}
-    (name,) = result.input_names
-    encoding = encoding_of(grid_of(result, name))
-    shape = (batch, *graph.inputs[name][1:])
-    given = writer.given(shape, encoding)
-    writer.values[name] = Value(encoding, shape, plain=given)
+    given = []
+    for name in result.input_names:
+        encoding, shape = encoding_of(grid_of(result, name)), (batch, *graph.inputs[name][1:])
+        given.append(writer.given(shape, encoding))
+        writer.values[name] = Value(encoding, shape, plain=given[-1])
     shown: list[str] = []
     for operator in graph.operators:
         if operator.name in behind:
@@ -112,30 +112,31 @@ def _key(encoding: Encoding) -> tuple[float, int]:
     return float(np.asarray(encoding.scale)), encoding.zero_point
 
 
-def _finished(writer: Writer, given: int, names: list[str]) -> Network:
+def _finished(writer: Writer, given: list[int], names: list[str]) -> Network:
     """Every value once, in the layout that it was made in."""
     outputs: dict[int, Shown] = {}
     for name in names:
         made = writer.values[name]
         tensor, is_image = (made.plain, False) if made.plain is not None else (made.image, True)
         assert tensor is not None
-        if tensor != given:
+        if tensor not in given:
             outputs.setdefault(tensor, Shown(name, made.shape, is_image))
-    return Network(writer.finish([given], list(outputs)), tuple(outputs.values()))
+    return Network(writer.finish(given, list(outputs)), tuple(outputs.values()))
 
 
-def run_network(network: Network, codes: Array) -> dict[str, Array]:
+def run_network(network: Network, *codes: Array) -> dict[str, Array]:
     """Codes of every result, as torch has them, by the portable reference kernels.
 
     Args:
         network: The file.
-        codes: int8, as torch has them.
+        codes: int8, of each input, as torch has them.
     """
     interpreter = Interpreter(
         model_content=network.content, experimental_op_resolver_type=OpResolverType.BUILTIN_REF, num_threads=1
     )
     interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], np.ascontiguousarray(codes))
+    for place, values in zip(interpreter.get_input_details(), codes, strict=True):
+        interpreter.set_tensor(place["index"], np.ascontiguousarray(values))
     interpreter.invoke()
     found = [interpreter.get_tensor(place["index"]) for place in interpreter.get_output_details()]
     return {one.name: one.as_torch(y) for one, y in zip(network.outputs, found, strict=True)}

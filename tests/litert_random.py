@@ -24,6 +24,7 @@ TARGET = "google/litert-int8"
 
 REPERTOIRE = Repertoire(
     ranks=(4, 4, 4, 3, 2),
+    layers=(partial(steps.conv, max_rank=4), partial(steps.linear, max_rank=4)),
     clips={"relu": torch.relu, "relu6": F.relu6, "relu_n1_to_1": lambda x: F.hardtanh(x, -1.0, 1.0)},
     steps=(
         *[partial(steps.conv, max_rank=4)] * 4,
@@ -50,7 +51,7 @@ REPERTOIRE = Repertoire(
                 steps.function,
                 functions={
                     "sigmoid": torch.sigmoid, "tanh": torch.tanh, "abs": torch.abs, "alone_relu": torch.relu,
-                    "alone_relu6": F.relu6,
+                    "alone_relu6": F.relu6, "hard_swish": F.hardswish, "gelu": F.gelu, "exp": torch.exp,
                 },
             )
         ]
@@ -66,6 +67,8 @@ REPERTOIRE = Repertoire(
         ]
         * 2,
         steps.shuffled_channels,
+        partial(steps.last_axis, functions={"softmax": torch.softmax, "log_softmax": torch.log_softmax}),
+        partial(steps.resize, modes=("nearest", "bilinear")),
     ),
 )  # fmt: skip
 
@@ -145,16 +148,15 @@ MUTANTS: Mapping[str, Mutant] = {
         'requantize.real = { kind = "fixed_point", rounding = "double", multiplier_bits = 31, '
         'shift = { min = -30, max = 31 }, source = "memory" }')),
     "a multiplier of 24 bits": Mutant(
-        _BY_FIXED_POINT, change=clause('requantize.rescale = { multiplier_bits = 24, source = "memory" }')),
+        (*_PRODUCTS, "GlobalAveragePool"), change=clause(
+            'requantize.rescale = { multiplier_bits = 24, source = "memory" }')),
     "a pre-shift of 8 bits": Mutant(("Add", "Sub"), change=clause(
         'operators.Add = { preshift_bits = { a8 = 8 }, source = "memory" }\n'
         'operators.Sub = { preshift_bits = { a8 = 8 }, source = "memory" }')),
     "the zero point before rounding": Mutant(
         (*_PRODUCTS, "MatMul", "Mul", "ReduceMean", "GlobalAveragePool"),
         patches=tuple((place, _zero_point_first) for place in _RESCALERS)),
-    "products of scales in the other order": Mutant(
-        ("Mul",), patches=(("elementwise.rescaler", _reversed_product),)),
-    "ratio in float32": Mutant((*_PRODUCTS, "ReduceMean", "GlobalAveragePool"), change=_ratio("float32")),
+    "ratio in float32": Mutant((*_PRODUCTS, "GlobalAveragePool"), change=_ratio("float32")),
     "ratio in float64": Mutant(("MatMul", "Mul", "LeakyRelu"), change=_ratio("float64")),
     "the count of a mean in the ratio": Mutant(("ReduceMean", "GlobalAveragePool"), change=clause(
         'operators.ReduceMean = { mean_count = "ratio", source = "memory" }')),
@@ -162,7 +164,24 @@ MUTANTS: Mapping[str, Mutant] = {
         'operators.AveragePool = { rounding = "half_even", source = "memory" }')),
     "averages of centred codes": Mutant(("AveragePool",), change=clause(
         'operators.AveragePool = { rounding_order = "zero_point_after", source = "memory" }')),
-    "entries of tables and clips half even": Mutant(
-        ("Sigmoid", "Tanh"), change=lambda site: replace(
+    "entries of tables rounded down": Mutant(
+        ("Sigmoid", "Tanh", "Exp", "Gelu"), change=lambda site: replace(
             site, output_format=_target('formats.a8 = { rounding = "floor", source = "memory" }').formats["a8"])),
+    "exponents of 4 integer bits": Mutant(("Softmax", "LogSoftmax"), change=clause(
+        'operators.Softmax = { approximation = { integer_bits = 4, source = "memory" } }\n'
+        'operators.LogSoftmax = { approximation = { integer_bits = 4, source = "memory" } }')),
+    "multipliers of 14 bits": Mutant(("HardSwish",), change=clause(
+        'operators.HardSwish = { approximation = { multiplier_bits = 14, source = "memory" } }')),
+    "weights of 8 bits between pixels": Mutant(("Resize",), change=clause(
+        'operators.Resize = { approximation = { fraction_bits = 8, source = "memory" } }')),
 }  # fmt: skip
+
+# On every pair of codes; random operands are too few to lie where the last bit of a ratio decides.
+PAIR_MUTANTS: Mapping[str, Mutant] = {
+    **{
+        name: replace(mutant, kinds=kinds)
+        for name, mutant in MUTANTS.items()
+        if (kinds := tuple(kind for kind in ("Add", "Sub", "Mul") if kind in mutant.kinds))
+    },
+    "products of scales in the other order": Mutant(("Mul",), patches=(("elementwise.rescaler", _reversed_product),)),
+}

@@ -9,15 +9,11 @@ import onnx
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from torch import Tensor, nn
 
-import qhw
-from qhw.engine import QuantizedModel, SilentProgress
-from qhw.numerics import dequantize
+from qhw.engine import QuantizedModel
 from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 from qhw_plugins.onnxruntime_executor import optimized_operators
 from tests import random_steps as steps
-from tests.random_grids import grid_of
 from tests.random_models import Drawn, Repertoire, quantized
 
 TARGET = "onnxruntime/cpu-x86-vnni"
@@ -43,6 +39,7 @@ _MOVING = _EITHER - {"MaxPool", "ReduceMax", "ReduceMin", "Concat"}
 
 REPERTOIRE = Repertoire(
     ranks=(4, 4, 4, 3, 2),
+    layers=(steps.conv, steps.linear),
     clips={
         "relu": torch.relu, "relu6": F.relu6, "clip": lambda x: torch.clamp(x, -1.5, 2.0),
         "odd_clip": lambda x: torch.clamp(x, -0.37, 1.13), "low_clip": lambda x: torch.clamp(x, min=-0.61),
@@ -77,35 +74,6 @@ REPERTOIRE = Repertoire(
 def calibrated(seed: int) -> Drawn:
     """The model of a seed, in formats that the seed draws."""
     return quantized(seed, REPERTOIRE, TARGET, FORMATS[seed % len(FORMATS)])
-
-
-class Pair(nn.Module):
-    """A sum or product of two inputs."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b if self.kind == "add" else a * b
-
-
-def pairs(kind: str, formats: dict[str, str], broadcast: str) -> QuantizedModel:
-    """A sum or product of inputs [256, 256]; `broadcast` names the one that has one column, if any."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 1 if name == broadcast else 256, generator=generator) for name in "ab")
-    graph = qhw.capture(Pair(kind), (a, b))
-    plan = qhw.plan(graph, TARGET, calibration=[(a, b)], pipeline="ranges-ptq", formats=formats)
-    return qhw.quantize(graph, plan, calibration=[(a, b)], progress=SilentProgress())
-
-
-def every_pair(result: QuantizedModel, broadcast: str) -> tuple[Tensor, Tensor]:
-    """Reals of every pair of codes."""
-    a, b = (grid_of(result, name) for name in "ab")
-    first, second = (torch.arange(q.quant_min, q.quant_max + 1).expand(256, 256) for q in (a, b))
-    if broadcast == "a":
-        return dequantize(first.t()[:, :1].contiguous(), a), dequantize(second, b)
-    return dequantize(first, a), dequantize(second.t()[:, : 1 if broadcast else 256].contiguous(), b)
 
 
 def exported(result: QuantizedModel, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from qhw.graph import QuantPoint
 from qhw.integer.site import PointIndex
 from qhw.numerics import QParams, dequantize
 
+_SUMS = ("Add", "Sub", "Concat", "Max", "Min")
 SCALES = ("random", "decimal", "power_of_two")
 
 
@@ -31,7 +32,7 @@ def rescaled(
         ends_at_clips: Whether the runtime knows a clip only as the end of its result's grid, so that the grid must end
             there.
     """
-    rng = random.Random(seed)
+    rng, near = random.Random(seed), random.Random(-1 - seed)
     grids, index = result.encodings(), PointIndex(result.plan)
     operators = {operator.name: operator for operator in result.float_graph.operators}
     clips = _clips(result) if ends_at_clips else {}
@@ -40,7 +41,8 @@ def rescaled(
         if point.role == "bias" or point.group in found:
             continue
         drawn = _drawn(point, grids[point.group], clips.get(point.group), kind, rng, spread)
-        if kind == "decimal" and point.role == "activation" and point.group not in clips and rng.random() < 0.3:
+        is_activation = point.role == "activation" and point.group not in clips
+        if is_activation and kind == "decimal" and operators[point.operator].kind not in _SUMS and near.random() < 0.5:
             drawn = replace(drawn, scale=_next_to_a_power_of_two(_unit(result, index, point, found), drawn.scale))
         found[point.group] = drawn
         if point.role == "activation" and point.group not in clips and rng.random() < 0.2:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random small models: steps drawn one after another, each on values that suit it.
 
-    program, x = draw(seed, Repertoire(ranks=(4, 2), steps=(conv, linear, concat)))
+    program, x = draw(seed, Repertoire(ranks=(4, 2), steps=(conv, concat), layers=(conv, linear)))
 
     drawn = quantized(seed, repertoire, "google/litert-int8")
 
@@ -9,7 +9,7 @@ The steps stand in `random_steps`; a repertoire names those that a runtime compu
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,11 +30,13 @@ class Repertoire:
     Attributes:
         ranks: Of the input, batch and channels counted.
         steps: One that stands twice is drawn twice as often.
+        layers: Steps with weights, of which one suits every value; each model has one of them.
         clips: What may follow an operator that takes it in, by name.
     """
 
     ranks: tuple[int, ...]
     steps: tuple[Step, ...]
+    layers: tuple[Step, ...]
     clips: Mapping[str, Function] = field(default_factory=dict)
 
 
@@ -102,20 +104,22 @@ class Draft:
             self.hidden.add(self.last)
             self.add(kind, clips[kind], self.last)
 
-    def step(self, source: int) -> None:
+    def step(self, source: int, among: Sequence[Step]) -> None:
         """One more step on a value, of those that it suits."""
-        makers = list(self.repertoire.steps)
+        makers = list(among)
         self.rng.shuffle(makers)
         next(maker for maker in makers if maker(self, source))
 
 
 def draw(seed: int, repertoire: Repertoire) -> tuple[Program, Tensor]:
-    """The model of a seed, of two to five steps and what these bring along, and an example input."""
+    """The model of a seed, of two to six steps and what these bring along, and an example input."""
     draft = Draft(seed, repertoire)
-    draft.step(0)
+    if draft.rng.random() < 0.3:
+        draft.step(0, repertoire.steps)
+    draft.step(draft.last, repertoire.layers)
     for _ in range(draft.rng.randint(1, 4)):
         shown = draft.shown()
-        draft.step(draft.rng.choice((shown[-1], draft.rng.choice(shown))))
+        draft.step(draft.rng.choice((shown[-1], draft.rng.choice(shown))), repertoire.steps)
     return draft.program.eval(), draft.values[0]
 
 
@@ -140,11 +144,10 @@ def quantized(seed: int, repertoire: Repertoire, target: str, formats: Mapping[s
         seed: Of the draws.
         repertoire: What it is drawn from.
         target: Name of the target.
-        formats: As in `qhw.plan`; those of weights are dropped where it has none.
+        formats: As in `qhw.plan`.
     """
     program, x = draw(seed, repertoire)
     graph = qhw.capture(program, x)
-    wishes = {pattern: name for pattern, name in (formats or {}).items() if pattern == "*" or program.layers}
-    plan = qhw.plan(graph, target, calibration=x, pipeline="ranges-ptq", formats=wishes)
+    plan = qhw.plan(graph, target, calibration=x, pipeline="ranges-ptq", formats=formats or {})
     result = qhw.quantize(graph, plan, calibration=x, progress=SilentProgress())
     return Drawn(result, x, tuple(program.kinds))

@@ -5,6 +5,7 @@ Axis 0 is the batch and stays it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,13 @@ def elementwise(
         is_one_way = all(m == 1 for m, _ in both) or all(n == 1 for _, n in both)
         return is_one_way or (kind in both_ways and all(1 in pair for pair in both))
 
-    operands = [source, rng.choice(draft.partners(source, suits))]
+    partner = rng.choice(draft.partners(source, suits))
+    if partner == source and rng.random() < 0.8:  # a branch of its own, as few squares lie next to ties
+        width = x.shape[-1] if x.dim() == 2 else x.shape[1]
+        layer: Any = nn.Linear if x.dim() == 2 else partial((nn.Conv1d, nn.Conv2d)[x.dim() - 3], kernel_size=1)
+        draft.add("branch", layer(width, width), source)
+        partner = draft.last
+    operands = [source, partner]
     rng.shuffle(operands)
     draft.add(kind, functions[kind], *operands)
     if kind in ("add", "sub", "mul"):
@@ -197,7 +204,7 @@ def movement(draft: Draft, source: int, *, kinds: Sequence[str]) -> bool:
     others = list(range(1, x.dim()))
     rng.shuffle(others)
     repeats = [times if i == axis else 1 for i in range(x.dim())]
-    pads = [rng.randint(0, 2) for _ in range(2 * min(x.dim() - 1, 2))]
+    pads = [1, *(rng.randint(0, 2) for _ in range(2 * min(x.dim() - 1, 2) - 1))]
     spread = [rng.randint(2, 3) if n == 1 and i else -1 for i, n in enumerate(x.shape)]
     ways: dict[str, tuple[bool, Function]] = {
         "flatten": (x.dim() > 2, lambda a: torch.flatten(a, 1)),
