@@ -16,7 +16,7 @@ from torch import Tensor
 from qhw.numerics.requantize_int64 import DOUBLE, rescale_int64
 
 # Elements of one piece of work per thread: its float64 copy of 512 KiB stays in a second-level cache.
-CHUNK = 2**16
+_CHUNK = 2**16
 _EXACT = 2**52
 # Moves a tie away from zero and nothing past the next quotient: below 2**31 it adds less than one unit in 2**9.
 _AWAY = 1.0 + 2.0**-40
@@ -141,7 +141,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 def _in_chunks(acc: Tensor, factors: Factors, result: Tensor, finish: Finish | None) -> None:
     """Fill the result piece by piece; pieces are cut along the first axis that has more than one index."""
-    limit = CHUNK * torch.get_num_threads() if acc.device.type == "cpu" else acc.numel()
+    limit = _CHUNK * torch.get_num_threads() if acc.device.type == "cpu" else acc.numel()
     if acc.numel() <= limit:
         _rescale_chunk(acc, factors, result, finish)
         return

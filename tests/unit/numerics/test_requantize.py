@@ -370,7 +370,7 @@ def test_codes_of_bounded_accumulators_by_pieces_and_in_place(rule):
     generator = torch.Generator().manual_seed(5)
     multiplier, shift = fixed_point_multiplier(torch.rand(7, 1, 1, dtype=torch.float64, generator=generator) / 500)
     codes_of = FixedPointCodes.of(multiplier, shift, 31, rule).bounded(-5, -128, 127, 2**20)
-    acc = torch.randint(-(2**20), 2**20 + 1, (11, 7, 64, 64), generator=generator)
+    acc = torch.randint(-(2**20), 2**20 + 1, (23, 7, 64, 64), generator=generator)
     expected = (rescale_int64(acc, multiplier, shift, 31, rule) - 5).clamp(-128, 127)
     for values in (acc.float(), acc.float().contiguous(memory_format=torch.channels_last)):
         codes_of(values, values)
