@@ -5,12 +5,13 @@
     python -m bench.integer --quick  # 100 images, prints only
 
 Protocol: calibration on the first 1,000 training images, pipeline ranges-ptq, the target's default formats, 1,000 test
-images in batches of 32, one thread. The time is that of running a lowered model, the smallest CPU time of three runs,
-over that of the float model with batch norms folded on the same batches. Narrow accumulators: the integer result on
-the first 2,000 test images.
+images in batches of 32, one thread. The time is that of running a lowered model over that of the float model with batch
+norms folded on the same batches: median of the ratios of CPU times of five pairs of runs, one after the other. Narrow
+accumulators: the integer result on the first 2,000 test images.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def executed(result: QuantizedModel, test: Tensor) -> list[str]:
         for batch in batches:
             model(batch)
 
-    ratio = fastest(integers) / fastest(floats)
+    ratio = relative_time(integers, floats)
     with tempfile.TemporaryDirectory() as folder:
         artefact = qhw.export(result, folder)[0]
         found = verify(result, test, artefact=artefact, progress=SilentProgress())
@@ -148,15 +149,18 @@ def fitted(graph: qhw.Graph, bits: int, images: Tensor, test: Tensor, labels: Te
     return [*counts, *scores, f"{100 * agreement(found, reference).share:.1f}"]
 
 
-def fastest(run: Callable[[], Any]) -> float:
-    """Smallest CPU seconds of three runs, after one to warm up."""
+def relative_time(run: Callable[[], Any], reference: Callable[[], Any], pairs: int = 5) -> float:
+    """Median of the ratios of CPU seconds of both, run in turn, after one run each to warm up."""
     run()
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
+    reference()
+    return statistics.median(cpu_seconds(run) / cpu_seconds(reference) for _ in range(pairs))
+
+
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    """Of one run."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def room(result: QuantizedModel) -> list[str]:
