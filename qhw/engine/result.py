@@ -34,6 +34,7 @@ class QuantizedModel(nn.Module):
         folded_norms: Operator -> the batch norm that is part of its weights.
 
     Attributes:
+        input_names: Names of the inputs, in order.
         plan: The decisions.
         target: The resolved target.
         steps: What each step reported.
@@ -68,6 +69,7 @@ class QuantizedModel(nn.Module):
         missing = [point.group for point in plan.points if point.group not in qparams]
         if missing:
             raise ResultError(f"result: no scale for '{missing[0]}'. Quantize again.")
+        self.input_names = tuple(graph.inputs)
         simulated = graph.copy()
         self._float_form = simulated.copy(share_tensors=True)
         self._paths = insert_modules(
@@ -78,11 +80,6 @@ class QuantizedModel(nn.Module):
         self.module = simulated.module
         self.module.train(False)
         self.training = False
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
-        return tuple(self._float_form.inputs)
 
     @property
     def float_graph(self) -> Graph:

@@ -31,15 +31,17 @@ class LearnedQuantizer(FakeQuantizer):
     Args:
         qparams: Where training starts.
         grid: What the format allows: kind and bounds of the scale, zero points.
-        domain: What the parameter is: the scale itself, or its base-2 logarithm, in which one step of an optimizer
-            changes every scale by the same ratio. Power-of-two scales are learned through the logarithm always.
+        domain: What the parameter is: the scale itself, or the base-2 logarithm of its ratio to its start, in which one
+            step of an optimizer changes every scale by the same ratio. Power-of-two scales are learned through the
+            logarithm always.
         learn_zero_point: Whether a free zero point learns.
         gradient_scale: What the gradients of scale and zero point are multiplied by (LSQ: 1 / sqrt(N quant_max)).
         rounding: Named rule for the quotient.
         name: The tensor's name, for messages.
 
     Attributes:
-        scale_parameter: float32 [*P]; the scale or its logarithm.
+        scale_parameter: float32 [*P]; the scale, or the logarithm of its ratio to `start_scale`: 0 at the start.
+        start_scale: float32 [*P]; the scale that training starts from.
         zero_point: float32 [*P], a parameter where it learns; rounded to the nearest code where it is used.
         clip: Real bounds that x is limited to first, in place of a ReLU in front; none at the start.
 
@@ -49,7 +51,7 @@ class LearnedQuantizer(FakeQuantizer):
     """
 
     scale_parameter: nn.Parameter
-    smallest_scale: Tensor
+    start_scale: Tensor
 
     def __init__(
         self,
@@ -75,8 +77,9 @@ class LearnedQuantizer(FakeQuantizer):
 
     def _hold(self, qparams: QParams) -> None:
         scale = qparams.scale.clone()
-        self.register_buffer("smallest_scale", scale * _SMALLEST_PART)
-        parameter = torch.log2(scale) if self.domain == "log2" else scale
+        self.register_buffer("start_scale", scale.clone())
+        # The ratio, not the scale: it starts at 1 to the bit, while exp2(log2(scale)) may miss the scale by a rounding.
+        parameter = torch.zeros_like(scale) if self.domain == "log2" else scale
         self.scale_parameter = nn.Parameter(parameter, requires_grad=self.learns_scale)
         zero_point = qparams.zero_point.float()
         if self.learns_zero_point:
@@ -90,7 +93,7 @@ class LearnedQuantizer(FakeQuantizer):
         bounds = self._scale_bounds if self._is_plain else None
         return cast(
             Tensor,
-            _LegalScale.apply(self.scale_parameter, self.smallest_scale, self.grid, bounds, self.domain == "log2"),  # type: ignore[no-untyped-call]
+            _LegalScale.apply(self.scale_parameter, self.start_scale, self.grid, bounds, self.domain == "log2"),  # type: ignore[no-untyped-call]
         )
 
     @property
@@ -111,8 +114,7 @@ class LearnedQuantizer(FakeQuantizer):
     @property
     def is_at_smallest(self) -> bool:
         """Whether some scale is held at the bound below which it may not fall."""
-        scale = torch.exp2(self.scale_parameter) if self.domain == "log2" else self.scale_parameter
-        return bool((scale <= self.smallest_scale).any())
+        return bool((_wanted(self.scale_parameter, self.start_scale, self.domain == "log2")[1]).any())
 
     def zero_points(self) -> Tensor:
         """The zero point in use before it is rounded: float32 [*P], with the gradient of what it is made of."""
@@ -151,14 +153,21 @@ class LearnedQuantizer(FakeQuantizer):
         return f"{super().extra_repr()}, learns {' and '.join(learned) or 'nothing'}"
 
 
+def _wanted(parameter: Tensor, start: Tensor, is_log: bool) -> tuple[Tensor, Tensor]:
+    """The scale that a parameter asks for, held above its bound; and where it is held."""
+    scale = start * torch.exp2(parameter) if is_log else parameter
+    smallest = start * _SMALLEST_PART
+    return torch.maximum(scale, smallest), scale <= smallest
+
+
 class _LegalScale(torch.autograd.Function):
     """A parameter as the nearest legal scale; the gradient passes straight through."""
 
     @staticmethod
     def forward(
-        ctx: Any, parameter: Tensor, smallest: Tensor, grid: Grid, bounds: tuple[float, float] | None, is_log: bool
+        ctx: Any, parameter: Tensor, start: Tensor, grid: Grid, bounds: tuple[float, float] | None, is_log: bool
     ) -> Tensor:
-        wanted = torch.maximum(torch.exp2(parameter) if is_log else parameter, smallest)
+        wanted, _ = _wanted(parameter, start, is_log)
         # The bounds of a grid that takes any float32 are float32 numbers: no wider arithmetic is needed.
         scale = wanted.clamp_(*bounds) if bounds is not None else legal_scale(wanted.double(), grid, "nearest")
         ctx.is_log = is_log

@@ -165,7 +165,9 @@ class TrainingForm(Work):
 
     def _call(self, operator: str) -> OperatorCall:
         node, args = self._arguments(operator)
-        return OperatorCall(node.target, args[3:], dict(node.kwargs))
+        # Plain lists: the compiler does not take those of fx.
+        rest = tuple(list(value) if isinstance(value, list | tuple) else value for value in args[3:])
+        return OperatorCall(node.target, rest, dict(node.kwargs))
 
     def build(self) -> tuple[fx.GraphModule, dict[str, str]]:
         """The module that trains, and the path of the quantizer of each group."""

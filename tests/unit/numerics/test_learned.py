@@ -218,18 +218,31 @@ def test_half_precision_comes_back_in_its_own_dtype():
 def test_powers_of_two_are_learned_through_their_logarithm():
     grid = Grid(-8, 7, zero_point=0, scale_kind="power_of_two")
     module = LearnedQuantizer(qparams(0.25), grid)
-    assert module.scale_parameter.item() == -2.0
+    assert module.scale_parameter.item() == 0.0
     x = torch.tensor([0.3])
     module(x).backward(torch.ones(1))
     # d x_hat / ds = round(1.2) - 1.2; ds / d log2(s) = s ln 2
     assert module.scale_parameter.grad.item() == pytest.approx((1 - 1.2) * 0.25 * 0.6931472, rel=1e-5)
     with torch.no_grad():
-        module.scale_parameter.fill_(-2.4)
+        module.scale_parameter.fill_(-0.4)
     assert module.scale.item() == 0.25
     with torch.no_grad():
-        module.scale_parameter.fill_(-2.6)
+        module.scale_parameter.fill_(-0.6)
     assert module.scale.item() == 0.125
     assert module.qparams.scale.item() == 0.125
+
+
+@settings(max_examples=50, deadline=None)
+@given(exponent=st.floats(-126, 100), domain=st.sampled_from(["linear", "log2"]))
+def test_training_starts_from_the_scale_to_the_bit(exponent, domain):
+    scale = float(torch.tensor(2.0**exponent).clamp(min=2.0**-126))
+    module = LearnedQuantizer(qparams(scale), FREE, domain=domain)
+    assert module.scale.item() == scale
+    assert module.qparams.scale.item() == scale
+    assert not module.is_at_smallest
+    with torch.no_grad():
+        module.scale_parameter.add_(1.5 if domain == "log2" else scale)
+    assert module.scale.item() == pytest.approx(scale * (2**1.5 if domain == "log2" else 2))
 
 
 def test_listed_scales_stay_on_the_list():
@@ -320,4 +333,4 @@ def test_a_state_dict_brings_everything_back():
     second.load_state_dict(first.state_dict())
     x = torch.randn(50)
     assert torch.equal(first(x), second(x))
-    assert torch.equal(first.smallest_scale, second.smallest_scale)
+    assert torch.equal(first.start_scale, second.start_scale)
