@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of products: convolutions of every form, linear operators, products of two activations."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,6 +191,9 @@ def _in_reals(site: Site, accumulate: Run, unit: Tensor) -> Lowered:
         return found
 
     facts: dict[str, Fact] = {"rule": "sum_of_products", "unit": unit}
+    if limits:  # one row per clip, in order; infinite where it has no bound
+        ends = [[-math.inf if low is None else low, math.inf if high is None else high] for low, high in limits]
+        facts["clips"] = torch.tensor(ends, dtype=torch.float32)
     return Lowered(run, accumulate, facts)
 
 

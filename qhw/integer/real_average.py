@@ -66,7 +66,7 @@ def _of_reals(site: Site) -> Lowered:
         count = total(torch.ones_like(reals)) if not facts.get("count_include_pad", True) else float(math.prod(kernel))
         return clamped(round_real(total(reals) / count / out.scale + out.zero_point.float(), rounding), limits, kept)
 
-    shown: dict[str, Fact] = {"rule": "real_average", "count": math.prod(kernel), "clamp": limits}
+    shown: dict[str, Fact] = {"rule": "real_average", "count": math.prod(kernel), "rounding": rounding, "clamp": limits}
     return Lowered(run, facts=shown)
 
 

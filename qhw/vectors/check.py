@@ -29,6 +29,7 @@ from qhw.vectors.check_arithmetic import (
     divide,
     floats,
     fma,
+    held,
     logarithm,
     multiply,
     reciprocal,
@@ -172,7 +173,7 @@ def real_average(op: Entry, xs: list[Array], found: Found, constants: Found) -> 
 
 
 def product(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
-    found["accumulator"] = xs[0] * xs[1]
+    found["accumulator"] = held(xs[0] * xs[1], op["facts"])
     return requantize(found["accumulator"], op["requantize"])
 
 
@@ -197,7 +198,7 @@ def add_fixed_point(op: Entry, xs: list[Array], found: Found, constants: Found) 
         requantize(x << facts["left_shift"], op[name])
         for x, name in zip(xs, ("requantize.0", "requantize.1"), strict=True)
     )
-    return requantize(a + facts["sign"] * b, op["requantize"])
+    return requantize(held(a + facts["sign"] * b, facts), op["requantize"])
 
 
 def extremum(op: Entry, xs: list[Array], found: Found, constants: Found) -> Array:
@@ -351,6 +352,16 @@ def compare(op: Entry, key: str, wanted: Array, got: Array, names: tuple[str, st
         )
 
 
+def with_constant(op: Entry, xs: list[Array], constants: Found) -> tuple[Entry, list[Array]]:
+    """Sums and products: the operand that is a constant in its place among the others."""
+    place = op["attributes"].get("weight_operand")
+    if op["kind"] not in ("Add", "Sub", "Mul") or place is None:
+        return op, xs
+    inputs = list(op["inputs"])
+    inputs.insert(place, op["weight"])
+    return {**op, "inputs": inputs}, [*xs[:place], centred(constants["weight"], op["weight"]), *xs[place:]]
+
+
 def recompute(op: Entry, vectors: Vectors) -> None:
     """One layer from its own inputs, sample by sample."""
     keys = {one["part"]: one["key"] for one in op["arrays"]}
@@ -366,7 +377,8 @@ def recompute(op: Entry, vectors: Vectors) -> None:
                 codes = constants.get(f"input.{index}.table")
                 found[f"input.{index}"] = regrid(before, one["before"], one["before"], codes)
         xs = [centred(pieces[f"input.{index}"][sample], one) for index, one in enumerate(op["inputs"])]
-        codes = RULES[op["rule"]](op, xs, found, constants) if op["rule"] in RULES else None
+        full, xs = with_constant(op, xs, constants)
+        codes = RULES[op["rule"]](full, xs, found, constants) if op["rule"] in RULES else None
         if codes is not None and "output" in pieces:
             found["output"] = np.clip(codes, *op["clamp"]) if "clamp" in op else codes
         for part, array in found.items():

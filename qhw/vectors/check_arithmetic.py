@@ -82,20 +82,55 @@ def requantize(acc: Array, r: Entry) -> Array:
             return whole(product + np.float32(r["zero_point"]), r["rounding"])
         return whole(product, r["rounding"]) + r["zero_point"]
     if r["kind"] == "float64":
-        return whole(acc.astype(np.float64) * floats(r), r["rounding"]) + r["zero_point"]
+        product = acc.astype(np.float64) * floats(r)
+        if r["zero_point_before"]:
+            return whole(product + r["zero_point"], r["rounding"])
+        return whole(product, r["rounding"]) + r["zero_point"]
     if r["kind"] not in ("shift", "fixed_point"):
         raise Unusable(f"requantization '{r['kind']}' is not known to this script")
     shift = integers(r["shift"], r)
+    if "steps" in r:
+        return stepwise(acc, shift, r)
     if r["kind"] == "shift":
-        return power(acc, shift, r["rounding"]) + r["zero_point"]
+        return quotient_of(acc, shift, r)
     multiplier, bits = integers(r["multiplier"], r), r["multiplier_bits"]
     if not r["rounding"].startswith("double"):
-        return power(times(acc, multiplier), shift + bits, r["rounding"]) + r["zero_point"]
+        return quotient_of(times(acc, multiplier), shift + bits, r)
     # gemmlowp: shift left in a register of bits + 1 bits, high half of the product, rounding shift right.
     left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
     high = power(times(wrap(power(acc, -left, "floor"), bits + 1), multiplier), np.array(bits), "half_to_plus_infinity")
     last = "half_to_plus_infinity" if r["rounding"] == "double_half_to_plus_infinity" else "half_away_from_zero"
     return power(high, right, last) + r["zero_point"]
+
+
+def quotient_of(n: Array, shift: Array, r: Entry) -> Array:
+    """round(n / 2^shift) and the zero point, behind rounding or before it."""
+    if not r["zero_point_before"]:
+        return power(n, shift, r["rounding"]) + r["zero_point"]
+    left, right = np.maximum(-shift, 0), np.maximum(shift, 0)
+    return power(power(n, -left, "floor") + (r["zero_point"] << right.astype(object)), right, r["rounding"])
+
+
+def stepwise(acc: Array, shift: Array, r: Entry) -> Array:
+    """Every step on the integer that the one before it made."""
+    for name, rule in r["steps"]:
+        if name == "multiply":
+            acc = power(times(acc, integers(r["multiplier"], r)), np.array(r["multiplier_bits"]), rule)
+        elif name == "shift":
+            acc, shift = power(acc, shift, rule), np.zeros_like(shift)
+        else:  # a shift to the left comes before the sum
+            left, shift = np.maximum(-shift, 0), np.maximum(shift, 0)
+            acc = power(acc, -left, "floor") + (r["zero_point"] << shift)
+    return acc
+
+
+def held(total: Array, facts: Entry) -> Array:
+    """What a register holds of a sum or product; all of it where nothing is said of its width."""
+    bits = facts.get("accumulator_bits")
+    if bits is None:
+        return total
+    half = 1 << (bits - 1)
+    return wrap(total, bits) if facts["accumulator_overflow"] == "wrap" else np.clip(total, -half, half - 1)
 
 
 def times(a: Array, b: Array) -> Array:

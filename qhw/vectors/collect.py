@@ -182,7 +182,7 @@ class _Collected:
             bounds = product_bounds(site)
             return int(bounds.lowest.min()), int(bounds.highest.max())
         reach = 1
-        for q in site.inputs:
+        for q in (*site.inputs, *([] if site.weight is None else [site.weight.qparams])):
             reach *= max(q.quant_max - int(q.zero_point), int(q.zero_point) - q.quant_min)
         count = self._facts.get("count", site.operator.attributes.get("reduced_elements", 1))
         reach *= int(count) if isinstance(count, int) else 1
@@ -269,7 +269,10 @@ def requantization(r: Requantization) -> dict[str, Any]:
     assert r.shift is not None
     if r.multiplier is not None:
         found |= {"multiplier": r.multiplier.flatten().tolist(), "multiplier_bits": r.bits}
-    return found | {"shift": r.shift.flatten().tolist(), "shape": list(r.shift.shape)}
+    if r.steps:
+        found["steps"] = [list(step) for step in r.steps]
+    shift = {"shift": r.shift.flatten().tolist(), "shape": list(r.shift.shape)}
+    return found | shift | {"zero_point_before": r.before}
 
 
 def factors(values: Tensor) -> dict[str, Any]:
