@@ -138,12 +138,14 @@ class QuantizedModel(nn.Module):
         """The quantizer of a point or group.
 
         Raises:
-            ResultError: no such point.
+            ResultError: no such point, or one whose quantizer is made when training ends.
         """
         group = next((point.group for point in self.plan.points if name in (point.name, point.group)), None)
         if group is None:
             known = ", ".join(point.name for point in self.plan.points)
             raise ResultError(f"result: no quantizer at '{name}'. Points: {known}")
+        if group not in self._paths:
+            self._check_settled()
         return cast(FakeQuantizer, self.module.get_submodule(self._paths[group]))
 
     def encodings(self) -> dict[str, QParams]:

@@ -59,7 +59,7 @@ def trainable(
     if because is not None:
         plan = plan.model_copy(update={"steps": tuple(_because(step, because) for step in plan.steps)})
     form = TrainingForm(result, plan)
-    for step in training_steps(plan):
+    for step in _norms_first(training_steps(plan), result.groups()):
         entry = registry.algorithms.get(step.algorithm)
         if entry is None:
             raise PlanError(f"plan: step '{step.algorithm}' has no algorithm here. Install its plugin, or plan again.")
@@ -83,6 +83,11 @@ def _because(step: Step, reason: Reason) -> Step:
         return step
     verdict = step.verdict.model_copy(update={"reasons": (reason, *step.verdict.reasons)})
     return step.model_copy(update={"verdict": verdict})
+
+
+def _norms_first(steps: tuple[Step, ...], groups: tuple[str, ...]) -> list[Step]:
+    """Steps on operators before those on tensors, whose scales start from what the former leave."""
+    return sorted(steps, key=lambda step: all(site in groups for site in step.sites))
 
 
 def _planned(

@@ -11,7 +11,7 @@ from torch import nn
 import qhw
 from qhw.errors import PlanError, ResultError, TrainingError
 from qhw.numerics import FakeQuantizer, LearnedQuantizer, quantize
-from qhw.training import DoubleForward, KeptNorm
+from qhw.training import DoubleForward, KeptNorm, TrainingForm
 from qhw.training.batch_norm import SyncedBatchNorm
 from tests.training_support import images, network, quantized, randomize, steps, trainable
 
@@ -277,13 +277,39 @@ def test_a_call_that_fails_leaves_the_result_as_it_was():
     expected, plan = result(images()), result.plan
     with pytest.raises(PlanError, match=r"^--without: no algorithm 'kept'"):
         qhw.trainable(result, without=["kept"])
-    with pytest.raises(TrainingError, match=r"^0: its weight has a quantizer already.*come first \(prefer=\)\.$"):
-        qhw.trainable(result, prefer=["learned_ranges"])
     with pytest.raises(TrainingError, match=r"^trainable: pipeline 'ranges-ptq' trains nothing here"):
         qhw.trainable(result, pipeline="ranges-ptq")
     assert result.plan is plan and result.trained_form is None
     assert torch.equal(result(images()), expected)
     result.codes(result.plan.points[1])
+
+
+def test_batch_norms_are_settled_first_whatever_the_user_prefers():
+    one, other = trainable(), trainable(train={"prefer": ["learned_ranges"]})
+    assert [step.algorithm for step in other.plan.steps if step.stage == "train"][0] == "learned_ranges"
+    assert len(layers(other, KeptNorm)) == 3
+    assert torch.equal(one(images()), other(images()))
+    assert steps(one, 2) == steps(other, 2)
+
+
+def test_a_batch_norm_is_taken_out_once_and_before_its_weight_gets_a_quantizer():
+    result = quantized()
+    form = TrainingForm(result, result.plan)
+    form.keep_norm("0")
+    with pytest.raises(TrainingError, match=r"^0: its batch norm was taken out already\. Take it out once\."):
+        form.fold_each_step("0")
+    form.set_quantizer("3.weight", LearnedQuantizer(form.qparams["3.weight"], form.grid("3.weight")))
+    with pytest.raises(TrainingError, match=r"^3: its weight has a quantizer already, on the scales with the batch"):
+        form.keep_norm("3")
+    with pytest.raises(TrainingError, match=r"^11: no batch norm was folded into it\. Leave it out, or quantize again"):
+        form.fold_each_step("11")
+    with pytest.raises(TrainingError, match=r"^2: is no batch norm that was folded\. Leave it out, or plan again"):
+        form.holder_of("2")
+    with pytest.raises(TrainingError, match=r"^2: its weight is not quantized, so its batch norm stays folded"):
+        form.weight_group("2")
+    tensor = quantized(per="tensor")
+    with pytest.raises(TrainingError, match=r"^0: a batch norm is kept on scales per output channel only\. Fold it\."):
+        TrainingForm(tensor, tensor.plan).keep_norm("0")
 
 
 def test_a_pipeline_that_does_not_say_how_it_trains_is_named():
@@ -295,6 +321,11 @@ def test_a_pipeline_that_does_not_say_how_it_trains_is_named():
 
 def test_while_it_trains_it_has_no_codes():
     result = trainable()
-    for ask in (result.encodings, lambda: result.codes(result.plan.points[1]), lambda: result.float_graph):
+    for ask in (
+        result.encodings,
+        lambda: result.quantizer("0.bias"),
+        lambda: result.codes(result.plan.points[1]),
+        lambda: result.float_graph,
+    ):
         with pytest.raises(ResultError, match=r"^result: it is being trained.*Call qhw\.freeze\(result\) first"):
             ask()
