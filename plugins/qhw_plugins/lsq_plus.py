@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qhw.decisions import Reason, Resources, Site, Step, Survey, Verdict
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
-from qhw.numerics import LearnedQuantizer, QParams
+from qhw.numerics import Grid, LearnedQuantizer, QParams
 from qhw.schema import TargetSpec
 from qhw_plugins.learned_ranges import LearnedRanges, LearnedRangesOptions
 from qhw_plugins.sites import TAKEN, activation_sites
@@ -34,8 +34,8 @@ class OffsetQuantizer(LearnedQuantizer):
 
     offset: nn.Parameter
 
-    def _hold(self, qparams: QParams) -> None:
-        super()._hold(qparams)
+    def __init__(self, qparams: QParams, grid: Grid, **named: Any) -> None:
+        super().__init__(qparams, grid, **named)
         if self.learns_zero_point:
             del self.zero_point
             self.register_buffer("zero_point", qparams.zero_point.float())

@@ -93,13 +93,14 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         ctx.grid = (quant_min, quant_max, rounding)
         ctx.gradient_scale = gradient_scale
         ctx.clip = clip
-        ctx.is_in_pieces = fits_pieces(x, scale, quant_min, quant_max)
         zero = _zero(zero_point, quant_min, quant_max)
-        if ctx.is_in_pieces:
-            whole = 0 if zero is None else int(zero)
-            result = forward_in_pieces(x, scale, (quant_min - whole, quant_max - whole), rounding, clip)
+        ctx.codes = (
+            _codes_less_zero(zero, quant_min, quant_max) if fits_pieces(x, scale, quant_min, quant_max) else None
+        )
+        if ctx.codes is not None:
+            result = forward_in_pieces(x, scale, ctx.codes, rounding, clip)
             # The layer behind saves its input, the operator before its output: neither is kept for this node alone.
-            ctx.save_for_backward(x, scale, zero_point, result)
+            ctx.save_for_backward(x, scale, result)
             return result
         ctx.save_for_backward(x, scale, zero_point)
         code = _rounded(x.float() / scale, rounding).to(zero_point_dtype(quant_min, quant_max))
@@ -112,13 +113,9 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         is_zero_wanted = ctx.needs_input_grad[2]
-        if ctx.is_in_pieces:
-            x, scale, zero_point, result = ctx.saved_tensors
-            quant_min, quant_max, _ = ctx.grid
-            zero = _zero(zero_point, quant_min, quant_max)
-            whole = 0 if zero is None else int(zero)
-            bounds = (quant_min - whole, quant_max - whole)
-            found = backward_in_pieces(x, grads[0], scale, result, bounds, ctx.clip, is_zero_wanted)
+        if ctx.codes is not None:
+            x, scale, result = ctx.saved_tensors
+            found = backward_in_pieces(x, grads[0], scale, result, ctx.codes, ctx.clip, is_zero_wanted)
         else:
             x, scale, zero_point = ctx.saved_tensors
             found = _backward(x, grads[0], scale, zero_point, ctx.grid, is_zero_wanted)
@@ -134,6 +131,12 @@ def _zero(zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor |
     if zero_point is None:
         return None
     return zero_point.round().clamp(quant_min, quant_max).to(zero_point_dtype(quant_min, quant_max))
+
+
+def _codes_less_zero(zero: Tensor | None, quant_min: int, quant_max: int) -> tuple[int, int] | None:
+    """Lowest and highest code less the zero point; None where that is no number."""
+    whole = 0.0 if zero is None else float(zero)
+    return None if whole != whole else (quant_min - int(whole), quant_max - int(whole))
 
 
 def _rounded(quotient: Tensor, rounding: Rounding) -> Tensor:

@@ -192,7 +192,12 @@ class _Loop:
         return found or start
 
     def epoch(self, number: int) -> float:
-        """Go through the data once; the mean loss."""
+        """Go through the data once; the mean loss.
+
+        Raises:
+            TrainingError: the loss, or a parameter behind the last step, is no number; the model is in the state before
+                the epoch.
+        """
         self._result.train()
         total, count = 0.0, 0
         per_epoch = self._batches.num_batches
@@ -207,6 +212,11 @@ class _Loop:
                 total += self._step(inputs, labels.to(self._device), f"epoch {number}, batch {index}") * len(labels)
                 count += len(labels)
         self._result.eval()
+        try:
+            check_finite(self._result)
+        except TrainingError:
+            self.load(self._good)
+            raise
         return total / count
 
     def _set_rate(self, factor: float) -> None:
@@ -229,16 +239,7 @@ class _Loop:
         return value
 
     def end_epoch(self, state: Checkpoint, epoch: Epoch) -> None:
-        """Count an epoch; keep the model where it is the best so far.
-
-        Raises:
-            TrainingError: its last step left a value that is no number; the model is in the state before the epoch.
-        """
-        try:
-            check_finite(self._result)
-        except TrainingError:
-            self.load(self._good)
-            raise
+        """Count an epoch; keep the model where it is the best so far."""
         state.epochs.append(epoch)
         self._good = self._state()
         tensors, state.numbers = optimizer_state(self._optimizer)

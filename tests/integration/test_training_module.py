@@ -10,9 +10,9 @@ from torch import nn
 
 import qhw
 from qhw.engine.result import flat_outputs
-from qhw.numerics import FakeQuantizer, LearnedQuantizer
+from qhw.numerics import LearnedQuantizer
 from qhw.testing import MODELS, calibration_for, example
-from tests.training_support import images, labels, network, quantized, steps, trainable
+from tests.training_support import images, labels, network, steps, trainable
 
 WAYS = {
     "static": {"per": "tensor"},
@@ -213,12 +213,3 @@ def test_every_tiny_model_trains_a_step_and_freezes(name):
     for one, other in zip(found, expected, strict=True):
         # Merged batch norms and rounded biases move a tie here and there: a few codes of 8 bits at most.
         assert float((one - other).abs().max()) <= 0.1 * float(other.abs().max()) + 1e-6
-
-
-def test_frozen_weights_are_quantized_once_and_count():
-    result = trainable(per="tensor")
-    for parameter in result.module.parameters():
-        parameter.requires_grad_(False)
-    assert [m for m in result.modules() if isinstance(m, FakeQuantizer)]
-    with pytest.raises(qhw.QhwError, match=r"^parameter_groups: "):
-        qhw.parameter_groups(quantized(), 1e-3)

@@ -288,6 +288,18 @@ def test_a_scale_that_is_not_finite_is_named():
         _ = module.qparams
 
 
+@pytest.mark.parametrize("count", [10, 10_000])
+@pytest.mark.parametrize("what", ["scale_parameter", "zero_point"])
+def test_what_is_no_number_spreads_and_raises_nothing(what, count):
+    module = LearnedQuantizer(qparams(0.5), FREE)
+    with torch.no_grad():
+        getattr(module, what).fill_(float("nan"))
+    x = torch.randn(count, requires_grad=True)
+    y = module(x)
+    assert bool(y.isnan().all())
+    y.sum().backward()
+
+
 def test_the_gradient_scale_multiplies_both_and_leaves_x_alone():
     x = torch.linspace(-8, 8, 101)
 

@@ -286,7 +286,7 @@ def test_a_call_that_fails_leaves_the_result_as_it_was():
 
 def test_batch_norms_are_settled_first_whatever_the_user_prefers():
     one, other = trainable(), trainable(train={"prefer": ["learned_ranges"]})
-    assert [step.algorithm for step in other.plan.steps if step.stage == "train"][0] == "learned_ranges"
+    assert next(step.algorithm for step in other.plan.steps if step.stage == "train") == "learned_ranges"
     assert len(layers(other, KeptNorm)) == 3
     assert torch.equal(one(images()), other(images()))
     assert steps(one, 2) == steps(other, 2)
@@ -321,11 +321,13 @@ def test_a_pipeline_that_does_not_say_how_it_trains_is_named():
 
 def test_while_it_trains_it_has_no_codes():
     result = trainable()
-    for ask in (
+    point = result.plan.points[1]
+    asked = (
         result.encodings,
         lambda: result.quantizer("0.bias"),
-        lambda: result.codes(result.plan.points[1]),
+        lambda: result.codes(point),
         lambda: result.float_graph,
-    ):
+    )
+    for ask in asked:
         with pytest.raises(ResultError, match=r"^result: it is being trained.*Call qhw\.freeze\(result\) first"):
             ask()
