@@ -56,7 +56,9 @@ class OperatorPlacement(_Data):
     kernel: str | None = Field(None, description="Kernel id; absent for an operator that only moves data.")
     legal: tuple[str, ...] = Field((), description="Kernel ids that are legal here, the one chosen first.")
     members: tuple[str, ...] = Field((), description="Operators that its kernel computes, this one first.")
-    fused_into: str | None = Field(None, description="The operator whose kernel computes this one too, or whose weights hold it.")
+    fused_into: str | None = Field(
+        None, description="The operator whose kernel computes this one too, or whose weights hold it."
+    )
     subject: str = Field("", description="Target field or graph fact that decided.")
     reason: str = Field("", description="What it decided, in words.")
 

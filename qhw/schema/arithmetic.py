@@ -41,8 +41,8 @@ class Bias(Table):
         "Widths of the stored integers where wider than `bits`."
     )
     out_of_range: Literal["saturate", "wrap", "refuse", "enlarge_scale"] | Unknown | None = used(
-        "What the tool does with a bias that does not fit, where no step has made it fit: clamp it, or give its weights "
-        "a coarser scale; `wrap` and `refuse` are an error. Absent: as `enlarge_scale`."
+        "What the tool does with a bias that does not fit, where no step has made it fit: clamp it, or give its "
+        "weights a coarser scale; `wrap` and `refuse` are an error. Absent: as `enlarge_scale`."
     )
     rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
 

@@ -29,8 +29,8 @@ class ExponentBound(Table):
 
     name: Word | None = used("What the source calls the sum, as `shift_cut`.")
     terms: dict[Term, Int64] = used(
-        "Factor of each tensor's exponent; `inputs_min` and `inputs_max` are the smallest and largest among all inputs. "
-        "`bias` is held to it where its scale is input*weight."
+        "Factor of each tensor's exponent; `inputs_min` and `inputs_max` are the smallest and largest among all "
+        "inputs. `bias` is held to it where its scale is input*weight."
     )
     min: Int64 | Unknown | None = used("Smallest sum, inclusive.")
     max: Int64 | Unknown | None = used("Largest sum, inclusive.")
