@@ -82,7 +82,10 @@ def freeze(
     earlier = [report for report in result.steps if report.stage not in ("train", "fit")]
     trained = [_report(step, remarks) for step in training_steps(result.plan)]
     fitted = _fitted(result, work, registry)
-    return finished(work, (*earlier, *trained, *fitted), {**result.provenance, "trained": True}, result.samples)
+    reports = (*earlier, *trained, *fitted)
+    frozen = finished(work, reports, {**result.provenance, "trained": True}, result.samples)
+    registry.quantized(frozen, frozen.plan, reports)
+    return frozen
 
 
 def _fitted(result: QuantizedModel, work: Work, registry: Registry) -> list[StepReport]:
