@@ -61,7 +61,7 @@ def text(
     weight: str = W8,
     order: str = "zero_point_after",
     accumulator: str = 'bits = 32, overflow = "wrap"',
-    bias: str = 'bits = 32, scale = "input*weight"',
+    bias: str = 'bits = 32, scale = "input*weight", applied = "before_requantize"',
     outputs: str = "quantized",
     concat: str = "none",
     without: Sequence[str] = (),

@@ -37,8 +37,8 @@ def accumulated_bias(site: Site) -> Tensor | None:
             raise _left_out(site)
         return None
     path, rule = _rule(site)
-    if rule.applied == "unknown":
-        raise unknown(f"{path}.applied", rule.applied)
+    if rule.applied == "unknown" or (rule.applied is None and _has_multiplier(site)):
+        raise unknown(f"{path}.applied", rule.applied, ("before_requantize", "after_multiplier"))
     if rule.applied == "after_multiplier":
         return None
     unit = unit_of(site, [-1])(torch.float32)
@@ -115,6 +115,13 @@ def behind_multiplier(
 def _rule(site: Site) -> tuple[str, Bias]:
     name = str(site.kernel.bias if site.kernel is not None else None)
     return f"biases.{name}", site.target.biases[name]
+
+
+def _has_multiplier(site: Site) -> bool:
+    """Whether the target says of a requantization that multiplies: behind shifts alone there is no other place."""
+    name = str(site.kernel.requantize if site.kernel is not None else None)
+    rule = site.target.requantize.get(name)
+    return rule is None or rule.kind != "shift"
 
 
 def _out_channels(site: Site) -> int:

@@ -29,7 +29,7 @@ class Bias(Table):
     )
     applied: Literal["before_requantize", "after_multiplier"] | Unknown | None = used(
         "Added to the accumulator, or to the product with the multiplier of the requantization, before its shift; on "
-        "the scale input*weight it is multiplied, too. Absent: to the accumulator."
+        "the scale input*weight it is multiplied, too. A `shift` has no multiplier, and leaves no choice."
     )
     align: Literal["shift"] | Unknown | None = used(
         "How a bias of its own scale meets what it is added to: shifted left, so that its scale is that of the sum "

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from qhw.schema.arithmetic import Accumulator, Pairwise, Requantize, Shift
+from qhw.schema.arithmetic import Accumulator, Align, Pairwise, Requantize, Shift
 from qhw.schema.base import UNKNOWN, Path, Table, leaves
 from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
@@ -161,7 +161,10 @@ def _of_bias(spec: TargetSpec, kernel: Kernel, name: str) -> Iterator[OpenField]
         path: Path = ("biases", kernel.bias)
         entry = spec.biases[kernel.bias]
         yield from _open((*path, "bits"), entry.bits, SUMS, with_bias)
-        yield from _unknown(path, entry, ("bits", "align"), with_bias)
+        yield from _unknown(path, entry, ("bits", "align", "applied"), with_bias)
+        rule = spec.requantize.get(str(kernel.requantize))
+        if entry.applied == UNKNOWN or rule is None or rule.kind != "shift":
+            yield from _open((*path, "applied"), entry.applied, where=with_bias)
         if entry.scale == "own":
             yield from _open((*path, "align"), entry.align, where="where the bias has another scale than the sum")
 
@@ -179,12 +182,15 @@ def _of_requantize(
     path: Path = ("requantize", kernel.requantize)
     entry = spec.requantize[kernel.requantize]
     yield from _open((*path, "kind"), entry.kind, where=where)
-    yield from _unknown(path, entry, ("kind", "rounding", "multiplier_bits", "shift"), where)
+    yield from _unknown(path, entry, ("kind", "rounding", "multiplier_bits", "shift", "align"), where)
     yield from _of_rounding(path, entry, kind, operator, where)
     if entry.kind == "fixed_point":
         yield from _open((*path, "multiplier_bits"), entry.multiplier_bits, where=where)
     if entry.kind in ("fixed_point", "shift"):
         yield from _of_shift((*path, "shift"), entry.shift)
+    if kind in ADDITIONS and entry.kind == "shift":
+        yield from _of_register(spec, kernel, name)
+        yield from _of_align((*path, "align"), operator, entry.align)
     yield from _of_operator(kernel, kind, operator, entry)
 
 
@@ -201,6 +207,34 @@ def _of_shift(path: Path, shift: Shift | str | None) -> Iterator[OpenField]:
         return
     yield from _open((*path, "min"), shift.min, where="where they shift left")
     yield from _open((*path, "max"), shift.max, where="where they shift right")
+
+
+def _of_register(spec: TargetSpec, kernel: Kernel, name: str) -> Iterator[OpenField]:
+    """Of a single sum: nothing happens on the way."""
+    if kernel.accumulator is None or kernel.accumulator == UNKNOWN:
+        yield from _open(("kernels", name, "accumulator"), kernel.accumulator)
+        return
+    path: Path = ("accumulators", kernel.accumulator)
+    entry = spec.accumulators[kernel.accumulator]
+    yield from _open((*path, "bits"), entry.bits)
+    yield from _open((*path, "overflow"), entry.overflow, where="where a sum may not fit")
+
+
+def _of_align(path: Path, operator: Operator, align: Align | str | None) -> Iterator[OpenField]:
+    if operator.same_scale in ("inputs", "all"):
+        return
+    where = "where operands have two scales"
+    if not isinstance(align, Align):
+        yield from _open(path, align, where=where)
+        return
+    yield from _open((*path, "to"), align.to, where=where)
+    end = "max" if align.to == "coarser" else "min"
+    if align.to == "coarser":
+        yield from _open((*path, "rounding"), align.rounding, where=where)
+    if isinstance(align.shift, Shift):
+        yield from _open((*path, "shift", end), getattr(align.shift, end), where=where)
+    else:
+        yield from _open((*path, "shift"), align.shift, where=where)
 
 
 def _of_operator(kernel: Kernel, kind: str, operator: Operator, entry: Requantize) -> Iterator[OpenField]:

@@ -24,7 +24,7 @@ formats.a8 = { bits = 8, signed = true, zero_point = 0, per = "tensor", rounding
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
 formats.z8 = { bits = 8, signed = true, per = "tensor" }
 formats.p8 = { bits = 8, signed = true, zero_point = 0, per = "tensor", scale = { kind = "power_of_two" } }
-biases.wide = { bits = 32, scale = "input*weight" }
+biases.wide = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.sum = { kind = "integer", bits = 12, overflow = "wrap" }
 accumulators.total = { bits = 32, overflow = "wrap" }
 requantize.own = { kind = "fixed_point", rounding = "double", multiplier_bits = 31, shift = { min = -30, max = 31 } }

@@ -19,7 +19,7 @@ schema_version = 1
 name = "acme/whole"
 formats.a8 = { bits = 8, signed = true, per = "tensor" }
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = BITS, overflow = "wrap" }
 requantize.r = { REQUANTIZE }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
@@ -84,6 +84,7 @@ def test_a_target_that_states_all_is_computed(graph: Graph, requantize: str) -> 
 
 CASES = {
     "kernels.mac.bias": ('bias = "b", ', ""),
+    "biases.b.applied": (', applied = "before_requantize"', ""),
     "biases.b.bits": ("biases.b = { bits = 32, ", "biases.b = { "),
     "kernels.mac.accumulator": (', accumulator = "acc"', ""),
     "accumulators.acc.bits": ("acc = { bits = 32", 'acc = { bits = "unknown"'),
@@ -114,6 +115,55 @@ def test_a_field_that_is_open_is_listed_and_refused_by_the_same_name(graph: Grap
     assert listed(text) == [field]
     reasons = [obstacle.reason for obstacle in refused(quantized(graph, text))]
     assert reasons and all(field in reason for reason in reasons), reasons
+
+
+SHIFT = (
+    'kind = "shift", rounding = "half_even", shift = { min = -40, max = 40 }, '
+    'align = { to = "SIDE", rounding = "floor", shift = { min = -20, max = 20 } }'
+)
+POWER = 'per = "tensor", scale = { kind = "power_of_two" }'
+ALIGNED = {
+    "requantize.r.align": (', align = { to = "finer", rounding = "floor", shift = { min = -20, max = 20 } }', ""),
+    "requantize.r.align.to": ('to = "finer", ', ""),
+    "requantize.r.align.rounding": ('rounding = "floor", ', ""),
+    "requantize.r.align.shift": ('"floor", shift = { min = -20, max = 20 }', '"floor"'),
+    "requantize.r.align.shift.min": ("min = -20, ", ""),
+    "requantize.r.align.shift.max": (", max = 20", ""),
+    "kernels.map.accumulator": ('output = ["a8"], accumulator = "acc"', 'output = ["a8"]'),
+}
+
+
+class Sum(nn.Module):
+    """Of two inputs on scales that are apart."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize("side", ["finer", "coarser"])
+@pytest.mark.parametrize("field", ALIGNED)
+def test_what_a_sum_by_shifts_leaves_open_is_listed_and_refused_by_the_same_name(field: str, side: str) -> None:
+    old, new = (part.replace('"finer"', f'"{side}"') for part in ALIGNED[field])
+    whole = base(SHIFT.replace("SIDE", side)).replace('per = "tensor"', POWER).replace(
+        'map = { input = ["a8"], output = ["a8"]', 'map = { input = ["a8"], output = ["a8"], accumulator = "acc"'
+    )  # fmt: skip
+    whole = "\n".join(line for line in whole.splitlines() if not line.startswith(("operators.C", "operators.Gemm")))
+    assert old in whole
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1)) + 1
+    for text, fields in ((whole, []), (whole.replace(old, new), [field])):
+        is_needed = (field, side) not in (
+            ("requantize.r.align.rounding", "finer"),
+            ("requantize.r.align.shift.min", "coarser"),
+            ("requantize.r.align.shift.max", "finer"),
+        )
+        wanted = fields if is_needed else []
+        assert [name for name in listed(text) if "Global" not in name and "rounding_order" not in name] == wanted
+        result = qhw.quantize(
+            Sum(), parse_target(text), example_inputs=(x, 16 * x), calibration=[(x, 16 * x)], pipeline="ranges-ptq",
+            without=NO_REPAIR,
+        )  # fmt: skip
+        reasons = [obstacle.reason for obstacle in refused(result)]
+        assert len(reasons) == len(wanted) and all(field in reason for reason in reasons), reasons
 
 
 def test_an_overflow_that_is_open_decides_only_where_a_sum_may_not_fit(graph: Graph) -> None:

@@ -17,7 +17,7 @@ schema_version = 1
 name = "acme/sums"
 formats.a8 = { bits = 8, signed = true, per = "tensor" }
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = BITS, overflow = "wrap" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
@@ -129,7 +129,7 @@ def test_json_names_the_target_the_units_and_the_version(result: Any, qhw_run: R
     [
         ('bias = "b", ', "", "kernels.mac.bias"),
         ('bias = "b", ', 'bias = "unknown", ', "kernels.mac.bias"),
-        ('{ bits = 32, scale = "input*weight" }', '{ scale = "input*weight" }', "biases.b.bits"),
+        ("biases.b = { bits = 32,", "biases.b = {", "biases.b.bits"),
     ],
     ids=["absent", "unknown", "no bits"],
 )

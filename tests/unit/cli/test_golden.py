@@ -14,7 +14,7 @@ from tests.unit.cli.conftest import TINY, Ran
 EXACT = TINY.replace(
     'accumulator = "acc" }',
     'accumulator = "acc", bias = "b", requantize = "r" }\n'
-    'biases.b = { bits = 32, scale = "input*weight" }\n'
+    'biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }\n'
     'kernels.mean = { input = ["a8"], output = ["a8"], requantize = "r" }\n'
     'requantize.r = { kind = "float32", rounding = "half_even" }\n'
     'operators.GlobalAveragePool = { kernels = ["mean"], fused = ["Relu"] }\n'

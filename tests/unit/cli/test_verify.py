@@ -18,7 +18,7 @@ schema_version = 1
 name = "acme/exact"
 formats.a8 = { bits = 8, signed = true, per = "tensor" }
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = 32, overflow = "wrap" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }

@@ -17,7 +17,7 @@ from tests import integer_support as reference
 from tests.integer_support import SINGLE, Grid, fill, multiplier_of, quantized, result_of, rounded
 
 PHASES = (Phase.explicit, Phase.generate)
-OWN = 'bits = 16, scale = "own", align = "shift"'
+OWN = 'bits = 16, scale = "own", applied = "before_requantize", align = "shift"'
 LOW, HIGH = -(2**15), 2**15 - 1
 
 
@@ -116,7 +116,7 @@ AFTER = 'bits = 16, scale = "SCALE", applied = "after_multiplier", align = "shif
 @pytest.mark.parametrize(
     ("bias", "scale", "requantize", "match"),
     [
-        ('bits = 16, scale = "own"', 0.5, reference.FLOAT32, r"biases\.b\.align is not stated"),
+        (OWN.replace(', align = "shift"', ""), 0.5, reference.FLOAT32, r"biases\.b\.align is not stated"),
         (OWN.replace('"shift"', '"unknown"'), 0.5, reference.FLOAT32, r"biases\.b\.align is 'unknown'"),
         (OWN, 0.3, reference.FLOAT32, r"input\*weight times 1, 2, 4, \.\.\.; got a factor of 2\.4"),
         (OWN, 0.0625, reference.FLOAT32, r"input\*weight times 1, 2, 4, \.\.\.; got a factor of 0\.5"),

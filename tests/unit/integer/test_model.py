@@ -165,7 +165,7 @@ fallback = "host"
 formats.a8 = { bits = 8, signed = true, per = "tensor" }
 formats.a16 = { bits = 16, signed = true, per = "tensor" }
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
-biases.b = { bits = 40, scale = "input*weight" }
+biases.b = { bits = 40, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = 40, overflow = "wrap" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac8 = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
@@ -311,7 +311,9 @@ def linear(spec: TargetSpec) -> Any:
 
 FLOAT = 'kind = "float32", rounding = "half_even"'
 FIXED = 'kind = "fixed_point", rounding = "floor", multiplier_bits = 31, shift = { min = -30, max = 31 }'
-ACC, BIAS, ORDER = 'overflow = "wrap"', 'scale = "input*weight"', 'rounding_order = "zero_point_after"'
+ACC, ORDER = 'overflow = "wrap"', 'rounding_order = "zero_point_after"'
+APPLIED = 'applied = "before_requantize"'
+BIAS = f'scale = "input*weight", {APPLIED}'
 PAIRS = 'pairwise = { bits = 9, overflow = "saturate"'
 WIDE, NARROW = 'bits = 32, overflow = "wrap"', 'bits = 9, overflow = "saturate"'
 OPEN = [
@@ -342,9 +344,11 @@ OPEN = [
     (FLOAT, 'overflow = "wrap"', 'overflow = "wrap", kind = "float"', r"accumulators\.acc\.kind = .float. cannot"),
     (FLOAT, 'bias = "b"', 'bias = "unknown"', r"kernels\.mac\.bias is 'unknown'"),
     (FLOAT, ', bias = "b"', "", r"kernels\.mac\.bias is not stated"),
-    (FLOAT, BIAS, f'{BIAS}, applied = "after_multiplier"', r"biases\.b\.applied = .after_multiplier. needs requantize"),
+    (FLOAT, APPLIED, 'applied = "after_multiplier"', r"biases\.b\.applied = .after_multiplier. needs requantize"),
     (FIXED, BIAS, 'applied = "after_multiplier"', r"biases\.b\.scale is not stated"),
-    (FLOAT, BIAS, f'{BIAS}, applied = "unknown"', r"biases\.b\.applied is 'unknown'"),
+    (FLOAT, APPLIED, 'applied = "unknown"', r"biases\.b\.applied is 'unknown', and must be before_requantize or"),
+    (FLOAT, f", {APPLIED}", "", r"biases\.b\.applied is not stated, and must be before_requantize or after_multiplier"),
+    (FIXED, f", {APPLIED}", "", r"biases\.b\.applied is not stated"),
     (FLOAT, f"bits = 32, {BIAS}", f'bits = "unknown", {BIAS}', r"biases\.b\.bits is 'unknown'"),
     (FLOAT, ORDER, 'rounding_order = "unknown"', r"operators\.Gemm\.rounding_order is 'unknown'"),
     (FLOAT, '"half_even" }', '"half_even", stages = "unknown" }', r"requantize\.r\.stages is 'unknown'"),

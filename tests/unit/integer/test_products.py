@@ -309,7 +309,10 @@ def test_sums_beyond_two_to_the_24_and_53_stay_exact(width: int, rule: Rule) -> 
     acc = x.centred(x_q) @ w.centred(w_q).T
     assert np.abs(acc).max() >= 2 ** (2 * width - 3)
     out = Grid(2.0**-6, 3)
-    wider = {"accumulator": 'bits = 64, overflow = "wrap"', "bias": 'bits = 40, scale = "input*weight"'}
+    wider = {
+        "accumulator": 'bits = 64, overflow = "wrap"',
+        "bias": 'bits = 40, scale = "input*weight", applied = "before_requantize"',
+    }
     spec = reference.target(rule.text, activation=wide, weight=wide, **wider)
     result = quantized(model, spec, x.reals(x_q), {"input": x, "weight": w, "result": out})
     found = IntegerModel(result).codes(x.reals(x_q))

@@ -10,7 +10,7 @@ schema_version = 1
 name = "acme/whole"
 formats.a8 = { bits = 8, signed = true, per = "tensor" }
 formats.w8 = { codes = [-127, 127], zero_point = 0, per = "out_channel" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = 32, overflow = "wrap" }
 requantize.r = { kind = "fixed_point", rounding = "half_even", multiplier_bits = 31, shift = { min = -8, max = 31 } }
 kernels.mac = { input = ["a8"], weight = ["w8"], bias = "b", output = ["a8"], accumulator = "acc", requantize = "r" }
@@ -47,6 +47,10 @@ CASES = {
     "bias of unknown bits": (
         "biases.b = { bits = 32, ", "biases.b = { ", "biases.b.bits",
         f"absent: {SUMS}Conv and Gemm, where they have a bias",
+    ),
+    "no place of the bias": (
+        ', applied = "before_requantize"', "", "biases.b.applied",
+        f"absent: {EXACT}Conv and Gemm, where they have a bias",
     ),
     "no accumulator": (', accumulator = "acc"', "", "kernels.mac.accumulator", f"absent: {SUMS}Conv and Gemm"),
     "accumulator of unknown width": (
@@ -140,8 +144,8 @@ CASES = {
         f"absent: {EXACT}Conv and Gemm, where two products may not fit",
     ),
     "bias of its own scale": (
-        'biases.b = { bits = 32, scale = "input*weight" }',
-        'biases.b = { bits = 32, scale = "own" }',
+        'biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }',
+        'biases.b = { bits = 32, scale = "own", applied = "before_requantize" }',
         "biases.b.align",
         f"absent: {EXACT}Conv and Gemm, where the bias has another scale than the sum",
     ),

@@ -28,7 +28,7 @@ name = "acme/exact"
 fallback = "host"
 formats.a = { ACTIVATION, per = "tensor" }
 formats.w = { WEIGHT, zero_point = 0, per = "out_channel" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = BITS, overflow = "wrap" }
 requantize.r = { REQUANTIZE }
 kernels.mac = { input = ["a"], weight = ["w"], bias = "b", output = ["a"], accumulator = "acc", requantize = "r" }
