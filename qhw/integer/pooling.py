@@ -17,7 +17,7 @@ from qhw.integer.site import Site, unknown
 from qhw.integer.stages import order_decides
 from qhw.numerics import Rounding
 
-__all__ = ["lower_average", "lower_extremum", "lower_maximum"]
+__all__ = ["divisor_of", "lower_average", "lower_extremum", "lower_maximum", "window_edges"]
 
 
 def lower_maximum(site: Site) -> Lowered:
@@ -59,7 +59,7 @@ def lower_average(site: Site) -> Lowered:
         return total(values[0].to(dtype) - zero)
 
     sums: dict[str, Fact] = {"axes": axes, "count": count, "clamp": limits}
-    divisor = 1 if site.operator.kind == "ReduceSum" else _divisor(site, count)
+    divisor = 1 if site.operator.kind == "ReduceSum" else divisor_of(site, count)
     folded = _folded_count(site, divisor)
     if _divides(site) and folded is None:
         # Rounding codes rather than centred codes differs at ties of rules that look at the sign.
@@ -150,9 +150,7 @@ def _sum_of(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor
 def _window_sum(site: Site) -> tuple[int, tuple[int, ...], Callable[[Tensor], Tensor]]:
     facts = site.operator.attributes
     kernel, stride = facts["kernel"], facts["stride"]
-    if facts.get("divisor"):
-        raise IntegerError("windows whose counts differ cannot be executed exactly yet")
-    edges = [edge for *_, before, after in reversed(_windows(site)) for edge in (before, after)]
+    edges = window_edges(site)
     dims = len(kernel)
     count = 1
     for size in kernel:
@@ -178,11 +176,22 @@ def _windows(site: Site) -> list[tuple[int, int, int, int, int, int]]:
     ]
 
 
-def _divisor(site: Site, count: int) -> int | Tensor:
-    """What a sum is divided by: one count, or int64 [*spatial] where windows at the border hold fewer elements."""
+def window_edges(site: Site) -> list[int]:
+    """Zeros around the operand of a pool, as `torch.nn.functional.pad` takes them: as far as windows reach."""
+    return [edge for *_, before, after in reversed(_windows(site)) for edge in (before, after)]
+
+
+def divisor_of(site: Site, count: int) -> int | Tensor:
+    """What a sum is divided by: one count, or int64 [*spatial] where windows at the border hold fewer elements.
+
+    A window that reaches past the padding counts what lies within it; a divisor that the operator names takes the place
+    of all counts.
+    """
     facts = site.operator.attributes
     if site.operator.kind != "AveragePool":
         return count
+    if facts.get("divisor"):
+        return int(facts["divisor"])
     counts = torch.ones((), dtype=torch.int64)
     for size, outputs, kernel, stride, padding, _ in _windows(site):
         start = torch.arange(outputs) * stride - padding

@@ -13,7 +13,7 @@ from torch import Tensor
 from qhw.errors import IntegerError
 from qhw.integer.arithmetic import clamped, code_bounds, rounding_of
 from qhw.integer.codes import carrier
-from qhw.integer.pooling import lower_average
+from qhw.integer.pooling import divisor_of, lower_average, window_edges
 from qhw.integer.products import Fact, Lowered
 from qhw.integer.site import Site
 from qhw.numerics import round_real
@@ -45,12 +45,14 @@ def lower_average_pool(site: Site) -> Lowered:
 
 def _of_reals(site: Site) -> Lowered:
     facts = site.operator.attributes
-    if facts.get("ceil_mode") or facts.get("divisor"):
-        raise IntegerError("a sum of reals over windows that reach past the padding cannot be executed exactly yet")
-    kernel, stride, padding = (list(facts[name]) for name in ("kernel", "stride", "padding"))
+    kernel, stride, edges = list(facts["kernel"]), list(facts["stride"]), window_edges(site)
     x, out, rounding = site.inputs[0], site.result, rounding_of(site)
     limits, kept = code_bounds(site), carrier(out)
-    edges = [edge for pad in reversed(padding) for edge in (pad, pad)]
+    count = divisor_of(site, math.prod(kernel))
+    is_overhanging = isinstance(count, Tensor) and facts.get("count_include_pad", True) and any(facts["padding"])
+    if facts.get("divisor") or is_overhanging:
+        raise IntegerError("a sum of reals over windows that reach past padding that counts cannot be executed exactly")
+    divisor = count.float() if isinstance(count, Tensor) else float(count)
 
     def total(reals: Tensor) -> Tensor:
         reals = torch.nn.functional.pad(reals, edges)
@@ -63,10 +65,9 @@ def _of_reals(site: Site) -> Lowered:
 
     def run(values: Sequence[Tensor]) -> Tensor:
         reals = (values[0].float() - x.zero_point.float()) * x.scale
-        count = total(torch.ones_like(reals)) if not facts.get("count_include_pad", True) else float(math.prod(kernel))
-        return clamped(round_real(total(reals) / count / out.scale + out.zero_point.float(), rounding), limits, kept)
+        return clamped(round_real(total(reals) / divisor / out.scale + out.zero_point.float(), rounding), limits, kept)
 
-    shown: dict[str, Fact] = {"rule": "real_average", "count": math.prod(kernel), "rounding": rounding, "clamp": limits}
+    shown: dict[str, Fact] = {"rule": "real_average", "rounding": rounding, "clamp": limits, "divisor": count}
     return Lowered(run, facts=shown)
 
 

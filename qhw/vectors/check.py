@@ -162,9 +162,7 @@ def real_average(op: Entry, xs: list[Array], found: Found, constants: Found) -> 
     """Dequantized, summed window by window in float32, row by row, divided by the count and by the output's scale."""
     facts, out = op["attributes"], op["output"]
     reals = xs[0].astype(np.float32) * np.float32(op["inputs"][0]["scale"])
-    count = np.float32(op["facts"]["count"])
-    if not facts.get("count_include_pad", True):
-        count = pooled(np.ones_like(reals), facts, out["shape"], np.add, 0)
+    count = constants["divisor"].astype(np.float32) if "divisor" in constants else np.float32(op["facts"]["divisor"])
     total = pooled(reals, facts, out["shape"], np.add, 0)
     return whole(
         total / count / np.float32(out["scale"]) + np.float32(out["zero_point"]),

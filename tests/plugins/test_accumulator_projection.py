@@ -24,7 +24,7 @@ schema_version = 1
 name = "acme/narrow"
 formats.a = { bits = 8, signed = SIGNED, ZERO per = "tensor" SCALE }
 formats.w = { bits = 8, signed = true, zero_point = 0, per = "PER" SCALE }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = BITS, overflow = "saturate" }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a"], weight = ["w"], output = ["a"], bias = "b", accumulator = "acc", requantize = "r" }

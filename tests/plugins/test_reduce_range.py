@@ -25,7 +25,7 @@ name = "acme/pairs"
 fallback = "host"
 formats.a = { bits = 8, signed = SIGNED, per = "tensor" }
 formats.w = { codes = [-127, 127], zero_point = 0, per = "PER" }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = 32, overflow = "wrap" REGISTER }
 requantize.r = { kind = "float32", rounding = "half_even" }
 kernels.mac = { input = ["a"], weight = ["w"], output = ["a"], bias = "b", accumulator = "acc", requantize = "r" }

@@ -23,7 +23,7 @@ schema_version = 1
 name = "acme/narrow-shift"
 formats.a = { bits = 8, signed = true, per = "tensor" ZERO SCALE }
 formats.w = { codes = [-127, 127], zero_point = 0, per = "PER" SCALE }
-biases.b = { bits = 32, scale = "input*weight" }
+biases.b = { bits = 32, scale = "input*weight", applied = "before_requantize" }
 accumulators.acc = { bits = 32, overflow = "saturate" }
 requantize.r = { KIND }
 kernels.mac = { input = ["a"], weight = ["w"], output = ["a"], bias = "b", accumulator = "acc", requantize = "r" }

@@ -113,13 +113,27 @@ def test_a_count_that_divides_the_multiplier_is_folded_into_it(name: str, same: 
     np.testing.assert_array_equal(result_of(IntegerModel(result).codes(x.reals(x_q))), expected)
 
 
-def test_an_average_with_a_divisor_of_its_own_divides_by_that_or_is_refused() -> None:
-    x = Grid(0.5, 17)
-    x_q = x.codes(np.random.default_rng(4), 2, 3, 6, 6)
-    function = Function(lambda v: F.avg_pool2d(v, 2, divisor_override=3))
-    result = quantized(function, reference.target(), x.reals(x_q), {"input": x, "result": Grid(0.5, 3)})
-    with pytest.raises(IntegerError, match="windows whose counts differ cannot be executed exactly yet"):
-        IntegerModel(result)
+@pytest.mark.parametrize("rule", [RULES[i] for i in (0, 6, 9)], ids=lambda r: f"{r.kind}-{r.rounding}")
+@pytest.mark.parametrize("scale", [0.5, 0.3], ids=["one-grid", "two-grids"])
+def test_an_average_with_a_divisor_of_its_own_divides_by_that(scale: float, rule: Rule) -> None:
+    x = Grid(np.float32(0.5), 17)
+    out = x if scale == 0.5 else Grid(np.float32(scale), 3)
+    x_q = x.codes(np.random.default_rng(4), 4, 3, 6, 6)
+    acc = sums(x.centred(x_q), 2, 2, 0)
+    if scale == 0.5 and rule.kind != "float32":
+        each = [reference.rounded(Fraction(int(v), 3), "half_even") for v in acc.ravel()]
+        expected = np.array(each).reshape(acc.shape) + out.zero_point
+        rule = Rule(fixed_point("half_even"), "fixed_point", "half_even")
+    else:
+        three = np.float32(x.scale) / (np.float32(out.scale) * np.float32(3))
+        real = np.float64(x.scale) / (np.float64(out.scale) * 3)
+        expected = (
+            reference.by_float32(acc, three, out.zero_point)
+            if rule.kind == "float32"
+            else reference.by_fixed_point(acc, np.asarray(real), out.zero_point, rule.rounding)
+        )
+    found = run(lambda v: F.avg_pool2d(v, 2, divisor_override=3), rule, x, out, x_q)
+    np.testing.assert_array_equal(found, out.clamped(expected).astype(np.int64))
 
 
 UNEVEN: dict[str, tuple[Any, int, int, int, bool]] = {

@@ -91,6 +91,21 @@ def test_sums_of_reals_of_another_width_or_order_are_refused(tmp_path, wrong):
         model(tmp_path, nn.AvgPool2d(2), np.zeros((1, 1, 4, 4), int), **wrong)
 
 
-def test_windows_that_reach_past_the_padding_are_refused(tmp_path):
-    with pytest.raises(IntegerError, match="reach past the padding"):
-        model(tmp_path, nn.AvgPool2d(2, ceil_mode=True), np.zeros((1, 1, 5, 5), int))
+def test_windows_that_reach_past_the_image_count_what_they_hold(tmp_path):
+    codes = X.codes(np.random.default_rng(0), 4, 5, 7, 5)
+    found = list(model(tmp_path, nn.AvgPool2d(2, ceil_mode=True), codes).codes(X.reals(codes)).values())[-1]
+    # One row and one column more than the image has: windows of 2, 1 and 1 values at the end.
+    ends = np.pad(codes, [(0, 0), (0, 0), (0, 1), (0, 1)], constant_values=X.zero_point)
+    inside = averaged(codes, (2, 2))[..., ::2, ::2]
+    reals = (ends.astype(np.float32) - np.float32(X.zero_point)) * np.float32(X.scale)
+    total = sum((reals[..., i::2, j::2] for i in (0, 1) for j in (0, 1)), np.float32(0))
+    count = np.multiply.outer([2, 2, 2, 1], [2, 2, 1]).astype(np.float32)
+    expected = OUT.clamped(np.rint(total / count / np.float32(OUT.scale) + np.float32(OUT.zero_point)))
+    np.testing.assert_array_equal(expected[..., :3, :2], inside)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(2, divisor_override=3)])
+def test_windows_that_reach_past_padding_that_counts_are_refused(tmp_path, pool):
+    with pytest.raises(IntegerError, match="reach past padding that counts"):
+        model(tmp_path, pool, np.zeros((1, 1, 6, 6), int))
