@@ -148,7 +148,7 @@ MUTANTS: Mapping[str, Mutant] = {
         'requantize.real = { kind = "fixed_point", rounding = "double", multiplier_bits = 31, '
         'shift = { min = -30, max = 31 }, source = "memory" }')),
     "a multiplier of 24 bits": Mutant(
-        (*_PRODUCTS, "GlobalAveragePool"), change=clause(
+        _PRODUCTS, change=clause(
             'requantize.rescale = { multiplier_bits = 24, source = "memory" }')),
     "a pre-shift of 8 bits": Mutant(("Add", "Sub"), change=clause(
         'operators.Add = { preshift_bits = { a8 = 8 }, source = "memory" }\n'
@@ -156,7 +156,7 @@ MUTANTS: Mapping[str, Mutant] = {
     "the zero point before rounding": Mutant(
         (*_PRODUCTS, "MatMul", "Mul", "ReduceMean", "GlobalAveragePool"),
         patches=tuple((place, _zero_point_first) for place in _RESCALERS)),
-    "ratio in float32": Mutant((*_PRODUCTS, "GlobalAveragePool"), change=_ratio("float32")),
+    "ratio in float32": Mutant(_PRODUCTS, change=_ratio("float32")),
     "ratio in float64": Mutant(("MatMul", "Mul", "LeakyRelu"), change=_ratio("float64")),
     "the count of a mean in the ratio": Mutant(("ReduceMean", "GlobalAveragePool"), change=clause(
         'operators.ReduceMean = { mean_count = "ratio", source = "memory" }')),
