@@ -7,7 +7,7 @@
 Protocol: calibration on the first 1,000 training images, pipeline ranges-ptq, the target's default formats, 1,000 test
 images in batches of 32, one thread. The time is that of running a lowered model over that of the float model with batch
 norms folded on the same batches: median of the ratios of CPU times of five pairs of runs, one after the other. Narrow
-accumulators: the integer result on the first 2,000 test images.
+accumulators and shifts: the integer result on the first 2,000 test images.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from qhw.integer import IntegerModel, prove_accumulators
 from qhw.verification import verify
 
 HERE = Path(__file__).parent
+SHIFTED = "google/litert-int8"  # one whose multipliers are integers with a shift
 EXACT = "onnxruntime/cpu-x86-vnni"  # the target whose integers a runtime confirms here
 NETWORKS = ("resnet20", "mobilenetv2")
 
@@ -48,6 +49,7 @@ def main() -> None:
     runs: list[list[str]] = []
     rooms: list[list[str]] = []
     narrow: list[list[str]] = []
+    shifts: list[list[str]] = []
     scored, labels = models.cifar10("test", 100 if quick else 2000)
     for network in NETWORKS:
         graph = qhw.capture(makers[network](), images[:2])
@@ -62,6 +64,9 @@ def main() -> None:
         for bits in (32, 20, 18, 17, 16):
             narrow.append([network, str(bits), *fitted(graph, bits, images, scored, labels)])
             print(f"| {' | '.join(narrow[-1])} |", flush=True)
+        for most in (14, 12, 10, 8, 6):
+            shifts.append([network, str(most), *shifted(graph, most, images, scored, labels)])
+            print(f"| {' | '.join(shifts[-1])} |", flush=True)
     lines = [
         "<!-- SPDX-License-Identifier: Apache-2.0 -->",
         "# CIFAR-10: exact integer execution",
@@ -84,6 +89,12 @@ def main() -> None:
         "channels of that many outputs can overflow; with it none can, proven.",
         "",
         *table(["network", "bits", "channels without", "channels with", "float", "top-1", "agree, %"], narrow),
+        "## Narrow shifts: made legal by `requantization_fit`",
+        "",
+        f"Arithmetic of {SHIFTED}, another largest right shift; a channel past it is scaled by 0",
+        '(`out_of_range = "zero_scale"`). Top-1 of the integer result without and with the step.',
+        "",
+        *table(["network", "largest shift", "float", "without", "with"], shifts),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
@@ -147,6 +158,23 @@ def fitted(graph: qhw.Graph, bits: int, images: Tensor, test: Tensor, labels: Te
     found = torch.cat([model(x) for x in test.split(32)])
     scores = [f"{top1(reference, labels):.2f}", f"{top1(found, labels):.2f}"]
     return [*counts, *scores, f"{100 * agreement(found, reference).share:.1f}"]
+
+
+def shifted(graph: qhw.Graph, most: int, images: Tensor, test: Tensor, labels: Tensor) -> list[str]:
+    """With right shifts of at most so many bits: top-1 in float, and of the integers without and with the step."""
+    spec = qhw.load_target(SHIFTED)
+    rule = spec.requantize["rescale"]
+    assert rule.shift is not None and not isinstance(rule.shift, str)
+    bounds = rule.shift.model_copy(update={"max": most})
+    limited = rule.model_copy(update={"shift": bounds, "out_of_range": "zero_scale"})
+    narrow = spec.model_copy(update={"requantize": {**spec.requantize, "rescale": limited}})
+    with torch.no_grad():
+        scores = [top1(torch.cat([graph.module(x) for x in test.split(32)]), labels)]
+    for without in (("requantization_fit",), ()):
+        wishes: dict[str, Any] = {"calibration": images, "pipeline": "ranges-ptq", "without": without}
+        model = IntegerModel(qhw.quantize(graph, narrow, progress=SilentProgress(), **wishes))
+        scores.append(top1(torch.cat([model(x) for x in test.split(32)]), labels))
+    return [f"{score:.2f}" for score in scores]
 
 
 def relative_time(run: Callable[[], Any], reference: Callable[[], Any], pairs: int = 5) -> float:
