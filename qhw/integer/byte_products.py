@@ -62,7 +62,9 @@ def _first_byte(x: QParams) -> int | None:
 
 def _prepared(site: Site, weight: Tensor, bias: Tensor | None, lowest: int) -> Product:
     facts = site.operator.attributes
-    window = [list(facts[name]) for name in ("stride", "padding", "dilation")]
+    # oneDNN crashes on a kernel of one tap that is spread apart, where nothing is.
+    dilation = [1 if size == 1 else apart for size, apart in zip(facts["kernel"], facts["dilation"], strict=True)]
+    window = [list(facts["stride"]), list(facts["padding"]), dilation]
     groups, zero_point = int(facts["groups"]), int(site.inputs[0].zero_point) - lowest
     scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
     added = None if bias is None else bias.float()

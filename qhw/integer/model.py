@@ -68,6 +68,9 @@ class IntegerModel:
         self._anchor = {m.name: site.name for site in self.sites.values() for m in site.members[1:]}
         self._points = PointIndex(result.plan)
         self._qparams = result.encodings()
+        self._given = {
+            self._graph.node(name): (name, self._qparams[point.group]) for name, point in self._points.given.items()
+        }
         *self._nodes, self._output = list(self._graph.module.graph.nodes)
         self._last_use = _last_uses([*self._nodes, self._output])
         self.input_names = result.input_names
@@ -81,7 +84,7 @@ class IntegerModel:
             trace: Called with each operator as it was run.
         """
         with exact_settings():
-            return self._run(inputs, watch or (lambda name, codes: None), trace)
+            return self._run(inputs, watch, trace)
 
     def codes(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Integer codes of every quantized tensor, by its name in the plan, in execution order."""
@@ -111,7 +114,7 @@ class IntegerModel:
             carried = [x.to(carrier(q)) for x, q in zip(operands, site.inputs, strict=True)]
             return form.accumulate(carried).round().long()
 
-    def _run(self, inputs: tuple[Tensor, ...], watch: Watch, trace: Trace | None) -> Any:
+    def _run(self, inputs: tuple[Tensor, ...], watch: Watch | None, trace: Trace | None) -> Any:
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         for index, node in enumerate(self._nodes):
@@ -121,12 +124,16 @@ class IntegerModel:
                 values[node] = next(given)
             else:
                 values[node] = self._value(node, values, watch, trace)
+            if watch is not None and node in self._given and isinstance(values[node], Tensor):
+                # Here and not where it is read: that may be a view of it, which has another shape.
+                name, qparams = self._given[node]
+                watch(name, Codes(quantize(values[node], qparams, name=name).to(carrier(qparams)), qparams))
             for source in [n for n in (*node.all_input_nodes, node) if self._last_use.get(n, index) <= index]:
                 if source.op != "get_attr":
                     values.pop(source, None)
         return fx.map_arg(self._output.args[0], lambda n: _real(values[n]))
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], watch: Watch, trace: Trace | None) -> Any:
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], watch: Watch | None, trace: Trace | None) -> Any:
         operator = self._operators.get(node.name)
         if operator is None:  # arithmetic of shapes, constants
             return self._call(node, values, _bare)
@@ -144,13 +151,14 @@ class IntegerModel:
             return self._call(node, values, lambda value: value)
         return self._call(node, values, _real)
 
-    def _integer(self, operator: Operator, values: dict[fx.Node, Any], watch: Watch, trace: Trace | None) -> Any:
+    def _integer(self, operator: Operator, values: dict[fx.Node, Any], watch: Watch | None, trace: Trace | None) -> Any:
         site, form = self.sites[operator.name], self._forms[operator.name]
         operands = [self._operand(site, index, name, values, watch) for index, name in enumerate(operator.inputs)]
         found: Any = form.run([operand.values for operand in operands])
         if site.output is not None:
             found = Codes(found, site.output)
-            watch(site.members[-1].name, found)
+            if watch is not None:
+                watch(site.members[-1].name, found)
         elif operator.kind in MOVEMENT_KINDS:
             found = Codes(found, site.inputs[0])
         if trace is not None:
@@ -159,7 +167,7 @@ class IntegerModel:
             trace(Executed(site, form, given, tuple(operands), found))
         return found
 
-    def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch) -> Codes:
+    def _operand(self, site: Site, index: int, name: str, values: dict[fx.Node, Any], watch: Watch | None) -> Codes:
         value = values[self._node_of(name)]
         if not isinstance(value, Codes):
             point = self._points.source(self._graph, name) or self._points.edge(site.name, index)
@@ -167,7 +175,8 @@ class IntegerModel:
                 raise IntegerError(f"{site.name}: operand '{name}' has no grid. Plan again.")
             qparams = self._qparams[point.group]
             value = Codes(quantize(value, qparams, name=name).to(carrier(qparams)), qparams)
-            watch(point.tensor, value)
+            if watch is not None and point.role == "edge":
+                watch(point.tensor, value)
         return Codes(self._forms[site.name].moves[index](value.values), site.inputs[index])
 
     def _node_of(self, name: str) -> fx.Node:

@@ -71,6 +71,17 @@ def test_sums_of_bytes_are_those_of_int64(data: Any) -> None:
 
 
 @needs_unit
+@needs_unit
+def test_a_kernel_of_one_tap_spread_apart_runs() -> None:
+    # oneDNN's own convolution ends the process on this one.
+    model = nn.Conv2d(40, 8, (3, 1), 2, (2, 1), (2, 3))
+    result, codes, expected = convolution_of(model, np.random.default_rng(0), (2, 40, 7, 1), -128)
+    found = IntegerModel(result)
+    (site,) = found.sites.values()
+    assert byte_convolution(site, None) is not None
+    np.testing.assert_array_equal(sums(found, codes), expected)
+
+
 def test_operands_and_sums_that_bytes_or_float32_do_not_hold_go_another_way() -> None:
     rng = np.random.default_rng(0)
     for model, zero in ((nn.Conv2d(2, 3, 3), 5), (nn.Conv2d(150, 2, 3), 0)):

@@ -255,6 +255,43 @@ def test_views_by_computed_sizes_carry_codes() -> None:
     agreement(result, x)
 
 
+class Halves(nn.Module):
+    """An input that is read through views first, then as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, 1)
+        return torch.cat([second, first], 1) * x
+
+
+class Flat(nn.Module):
+    """An input that is read through a view alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4 * 64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x.flatten(1))
+        return y
+
+
+@pytest.mark.parametrize("model", [Halves, Flat])
+def test_an_input_that_is_read_through_views_is_shown_in_its_own_shape(model: type[nn.Module]) -> None:
+    torch.manual_seed(5)
+    x = images(3, 4)
+    result = calibrated(model(), SPEC, x)
+    point = next(point for point in result.plan.points if point.role == "input")
+    codes = IntegerModel(result).codes(x)[point.tensor]
+    assert torch.equal(codes.long(), codes_of(result, x))
+
+
+def codes_of(result: Any, x: Tensor) -> Tensor:
+    """The input's codes in numpy."""
+    q = next(q for p in result.plan.points if p.role == "input" for q in [result.quantizer(p.group).qparams])
+    codes = np.rint(x.numpy() / np.float32(q.scale)) + int(q.zero_point)
+    return torch.from_numpy(codes.clip(q.quant_min, q.quant_max)).long()
+
+
 class Plain(nn.Module):
     """Nothing for the accelerator but the input."""
 
