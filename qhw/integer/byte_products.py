@@ -10,6 +10,7 @@ from torch import Tensor
 from qhw.integer.exact import FLOAT32_EXACT, exact_settings
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, product_of
+from qhw.integer.windows import is_ordinary
 from qhw.numerics import QParams
 
 __all__ = ["byte_convolution"]
@@ -32,10 +33,8 @@ def byte_convolution(site: Site, bias: Tensor | None) -> Product | None:
     Returns:
         Callable: codes as carried, [N, C, H, W] -> sums, float32 [N, C', H', W'], channels last in memory.
     """
-    x, facts = site.inputs[0], site.operator.attributes
-    weight = centred_weight(site)
-    is_plain = site.operator.kind in ("Conv", "DepthwiseConv") and not isinstance(facts["padding"], str)
-    if not is_plain or len(facts["kernel"]) != 2 or len(site.input_shape) != 4 or not _has_unit():
+    x, weight = site.inputs[0], centred_weight(site)
+    if site.operator.kind not in ("Conv", "DepthwiseConv") or not is_ordinary(site) or not _has_unit():
         return None
     lowest = _first_byte(x)
     if lowest is None or int(weight.min()) < -128 or int(weight.max()) > 127:
@@ -62,9 +61,7 @@ def _first_byte(x: QParams) -> int | None:
 
 def _prepared(site: Site, weight: Tensor, bias: Tensor | None, lowest: int) -> Product:
     facts = site.operator.attributes
-    # oneDNN crashes on a kernel of one tap that is spread apart, where nothing is.
-    dilation = [1 if size == 1 else apart for size, apart in zip(facts["kernel"], facts["dilation"], strict=True)]
-    window = [list(facts["stride"]), list(facts["padding"]), dilation]
+    window = [list(facts["stride"]), list(facts["padding"]), [1, 1]]
     groups, zero_point = int(facts["groups"]), int(site.inputs[0].zero_point) - lowest
     scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
     added = None if bias is None else bias.float()

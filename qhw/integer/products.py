@@ -25,6 +25,7 @@ from qhw.integer.pieces import in_pieces
 from qhw.integer.saturating import matmul_on_the_way, sum_on_the_way
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, output_shape, product_of, unit_of, weight_rows
+from qhw.integer.windows import is_ordinary
 from qhw.numerics import PerGroup, QParams
 
 __all__ = ["PRODUCT_KINDS", "Fact", "Lowered", "Run", "lower_matmul", "lower_product", "product_bounds"]
@@ -96,7 +97,7 @@ def _exact_sum(site: Site, bounds: Bounds, finish: Callable[[Tensor], Tensor], b
 
 def _layout(site: Site, dtype: torch.dtype) -> torch.memory_format:
     """Channels last in memory where float32 convolutions then need no copy in an order of their own."""
-    is_image = site.operator.kind in ("Conv", "DepthwiseConv") and len(site.input_shape) == 4
+    is_image = site.operator.kind in ("Conv", "DepthwiseConv") and is_ordinary(site)
     return torch.channels_last if is_image and dtype == torch.float32 else torch.contiguous_format
 
 

@@ -57,28 +57,37 @@ def test_sums_of_bytes_are_those_of_int64(data: Any) -> None:
     groups, per_in, per_out = draw(
         st.sampled_from([(1, 3, 16), (1, 16, 17), (1, 40, 8), (2, 8, 4), (24, 1, 1), (5, 1, 2)])
     )
-    kernel, stride, dilation = (draw(st.tuples(st.integers(1, 3), st.integers(1, 3))) for _ in range(3))
-    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
-    size = [d * (k - 1) + 1 + draw(st.integers(0, 7)) for k, d in zip(kernel, dilation, strict=True)]
+    kernel, stride = draw(st.integers(1, 7)), draw(st.sampled_from([1, 2]))
+    padding = draw(st.integers(0, kernel // 2))
+    size = [max(kernel, 2) + stride + draw(st.integers(0, 7)) for _ in range(2)]
     rng = np.random.default_rng(draw(RANDOM))
-    model = nn.Conv2d(groups * per_in, groups * per_out, kernel, stride, padding, dilation, groups, draw(st.booleans()))
+    model = nn.Conv2d(groups * per_in, groups * per_out, kernel, stride, padding, 1, groups, draw(st.booleans()))
     shape = (draw(st.integers(1, 4)), groups * per_in, *size)
     result, codes, expected = convolution_of(model, rng, shape, draw(st.sampled_from([-128, 0])))
     found = IntegerModel(result)
     (site,) = found.sites.values()
-    assert byte_convolution(site, None) is not None
+    if 2 * 255 * 128 * per_in * kernel**2 < 2**24:
+        assert byte_convolution(site, None) is not None
     np.testing.assert_array_equal(sums(found, codes), expected)
 
 
-@needs_unit
-@needs_unit
-def test_a_kernel_of_one_tap_spread_apart_runs() -> None:
-    # oneDNN's own convolution ends the process on this one.
-    model = nn.Conv2d(40, 8, (3, 1), 2, (2, 1), (2, 3))
-    result, codes, expected = convolution_of(model, np.random.default_rng(0), (2, 40, 7, 1), -128)
+# oneDNN ends the process on the first, with channels last in memory, and sums bytes wrongly now and then on the others.
+UNUSUAL = {
+    "one tap spread apart": (nn.Conv2d(40, 8, (3, 1), 2, (2, 1), (2, 3)), (2, 40, 7, 1)),
+    "steps over inputs": (nn.Conv2d(1, 1, (5, 3), (1, 4), (1, 1), (2, 1)), (4, 1, 11, 4)),
+    "windows of padding": (nn.Conv2d(64, 64, (3, 1), 4, (2, 1), (2, 1)), (2, 64, 3, 2)),
+    "larger than the image": (nn.Conv2d(3, 2, 5, 1, 2), (2, 3, 4, 4)),
+    "dilated": (nn.Conv2d(3, 4, 3, dilation=2), (2, 3, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_windows_that_the_unit_is_not_trusted_with_are_summed_in_float32(name: str) -> None:
+    model, shape = UNUSUAL[name]
+    result, codes, expected = convolution_of(model, np.random.default_rng(0), shape, -128)
     found = IntegerModel(result)
     (site,) = found.sites.values()
-    assert byte_convolution(site, None) is not None
+    assert byte_convolution(site, None) is None
     np.testing.assert_array_equal(sums(found, codes), expected)
 
 
