@@ -2,23 +2,20 @@
 """Weights made small enough for a narrow accumulator: no input makes its sums overflow, proven channel by channel."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
-from qhw.engine import MatrixForm
+from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey, Verdict, counted
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement, input_point, num_products, sum_bits
-from qhw.numerics import Grid, PerAxis, QParams, accumulator_bits_needed, accumulator_bounds, expand, legal_scale
+from qhw.numerics import accumulator_bits_needed, accumulator_bounds
 from qhw.schema import TargetSpec
+from qhw_plugins.fitted_weights import FittedWeight, refused, weight_survey, weighted_users
 from qhw_plugins.weight_loss import lowest, sqnr_db
-
-_CANDIDATES = 9
-_WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 
 class AccumulatorProjection(Algorithm):
@@ -47,25 +44,11 @@ class AccumulatorProjection(Algorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """Weights whose widest sum could leave the accumulator are sites."""
-        names = {operator.name: operator for operator in graph.operators}
-        sites = []
-        for point in points.points:
-            if point.role == "weight" and names[point.operator].kind in _WEIGHTED:
-                verdict = _verdict(names[point.operator], point.format, points, target)
-                sites.append(Site(name=point.group, verdict=verdict))
-        if not sites:
-            reason = Reason(subject="graph.weights", value=0, rule="no operator sums products with weights")
-            return Survey(verdict=Verdict(taken=False, reasons=(reason,)))
-        return Survey(verdict=Verdict(taken=any(site.verdict.taken for site in sites)), sites=tuple(sites))
+        return weight_survey(graph, points, lambda operator, name: _verdict(operator, name, points, target))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Project the channels that need it, and prove what is left."""
-        figures: dict[str, dict[str, Json]] = {}
-        for group in step.sites:
-            point = work.group(group)[0]
-            users = [o for o in work.graph.weight_users(point.tensor) if o.kind in _WEIGHTED]
-            for operator in users:
-                figures[group] = _fit(work, group, operator)
+        figures = {group: _fit(work, group, operator) for group, operator in weighted_users(work, step)}
         changed = [site for site in figures.values() if site["channels"]]
         channels = sum(int(str(site["channels"])) for site in changed)
         start = f"no sum of {counted(len(figures), 'weight')} can overflow"
@@ -82,10 +65,10 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
     subject = f"accumulators.{name}.bits" if accumulator is not None else f"kernels.{placement.kernel}.accumulator"
     if not isinstance(bits, int):
         value = bits if bits is not None else name
-        return _refused(subject, value, "the width of the accumulator is {value}: nothing to hold sums to")
+        return refused(subject, value, "the width of the accumulator is {value}: nothing to hold sums to")
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
     if weight.zero_point not in (0, None):
-        return _refused(
+        return refused(
             f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point of {value}"
         )
     needed = 1 if point is None else sum_bits(operator, target.formats[point.format], weight)
@@ -98,28 +81,18 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
     return Verdict(taken=True, reasons=(Reason(subject=subject, value=bits, rule=rule), *more))
 
 
-def _refused(subject: str, value: Json, rule: str) -> Verdict:
-    return Verdict(taken=False, reasons=(Reason(subject=subject, value=value, rule=rule),))
-
-
 def _fit(work: Any, group: str, operator: Operator) -> dict[str, Json]:
     """Codes and scales of one operator's weights, so that its sums fit."""
-    weight = work.weight(group)
-    form = MatrixForm(operator, tuple(weight.shape))
-    rows = form.weight_rows(weight).flatten(0, 1).double()
+    weight = FittedWeight.of(work, group, operator)
+    rows, scale = weight.rows, weight.scale
     sums = _Sums.of(work, group, operator, len(rows))
-    start = work.weight_qparams(group)
-    scale = _per_row(form, start, weight)
     codes, over = sums.fitted(rows, scale)
     before = sums.bits_needed((rows / scale[:, None]).round(), scale)
     if bool(over.any()):
-        grid, is_own = work.grid(group), isinstance(start.granularity, PerAxis) and len(start.scale) == len(rows)
-        scale = _best_scale(rows, scale, sums, grid, is_own)
+        # Rounding may lift a sum above its real value.
+        scale = weight.best_scale(sums.needed_growth(rows, scale) * (1 + 2.0**-6), lambda s: sums.error(rows, s))
         codes, _ = sums.fitted(rows, scale)
-        chosen = scale.float() if is_own else scale[: start.scale.numel()].float().reshape(start.scale.shape)
-        work.set_qparams(group, replace(start, scale=chosen))
-        real = form.weight_of((codes * scale[:, None]).reshape(form.weight_rows(weight).shape))
-        work.graph.set_tensor(work.group(group)[0].tensor, real.to(weight.dtype))
+        weight.put(work, codes, scale)
     after = sums.bits_needed(codes, scale)
     if after > sums.bits:
         raise RangeError(
@@ -177,6 +150,12 @@ class _Sums:
         codes = (rows / scale[:, None]).round().clamp(self.quant_min, self.quant_max)
         return projected(codes, self.low, self.high, self.bias_codes(scale), self.bits)
 
+    def error(self, rows: Tensor, scale: Tensor) -> Tensor:
+        """Squared error of weights on these scales, made to fit: float64 [out]; infinite where no bias would."""
+        codes, _ = self.fitted(rows, scale)
+        error = (rows - codes * scale[:, None]).square().sum(1)
+        return torch.where(self.bias_codes(scale).abs() < 2.0 ** (self.bits - 1), error, math.inf)
+
     def bits_needed(self, codes: Tensor, scale: Tensor) -> int:
         """Width that holds the sums of all channels."""
         bounds = accumulator_bounds(
@@ -195,35 +174,6 @@ class _Sums:
         highest = self.high * p - self.low * n + bias.clamp(min=0)
         lowest = self.high * n - self.low * p - bias.clamp(max=0)
         return (torch.maximum(highest, lowest) / (2.0 ** (self.bits - 1) - 1)).clamp(min=1)
-
-
-def _best_scale(rows: Tensor, scale: Tensor, sums: _Sums, grid: Grid, is_own: bool) -> Tensor:
-    """Among scales from the present one to one with which nothing is projected: the least squared error.
-
-    Args:
-        rows: float64 [out, in], reals.
-        scale: float64 [out].
-        sums: What they are multiplied with.
-        grid: Legal scales.
-        is_own: Whether every channel has a scale of its own.
-    """
-    growth = sums.needed_growth(rows, scale) * (1 + 2.0**-6)  # rounding may lift a sum above its real value
-    growth = growth if is_own else growth.amax().expand(len(rows))
-    best, least = scale, torch.full_like(scale, math.inf)
-    for share in torch.linspace(0, 1, _CANDIDATES, dtype=torch.float64):
-        tried = legal_scale(scale * growth**share, grid).double()
-        codes, _ = sums.fitted(rows, tried)
-        error = (rows - codes * tried[:, None]).square().sum(1)
-        error = torch.where(sums.bias_codes(tried).abs() < 2.0 ** (sums.bits - 1), error, math.inf)
-        error = error if is_own else error.sum().expand(len(rows))
-        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
-    return best
-
-
-def _per_row(form: MatrixForm, qparams: QParams, weight: Tensor) -> Tensor:
-    """float64 [out]: the weight scale of each output channel."""
-    full = expand(qparams.scale, qparams.granularity, tuple(weight.shape)).expand(weight.shape)
-    return form.weight_rows(full).flatten(0, 1)[:, 0].double()
 
 
 def projected(rows: Tensor, low: int, high: int, bias: Tensor, bits: int) -> tuple[Tensor, Tensor]:

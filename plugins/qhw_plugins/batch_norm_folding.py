@@ -8,11 +8,9 @@ from torch import Tensor
 
 from qhw.decisions import Reason, Resources, Site, Step, StepReport, Survey, Verdict, counted
 from qhw.extension import Algorithm, PluginInfo, hookimpl
-from qhw.graph import Graph, Operator, Placement
+from qhw.graph import WEIGHTED_KINDS, Graph, Operator, Placement
 from qhw.numerics import ChannelNormal, FoldedBatchNorm
 from qhw.schema import TargetSpec
-
-_FOLDABLE = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 
 class BatchNormFolding(Algorithm):
@@ -129,7 +127,7 @@ def _obstacle(graph: Graph, norm: Operator) -> Reason | None:
         return no("statistics", "none", "the batch norm keeps no running statistics")
     source = norm.inputs[0]
     producer = next((operator for operator in graph.operators if operator.name == source), None)
-    if producer is None or producer.kind not in _FOLDABLE or producer.weight is None:
+    if producer is None or producer.kind not in WEIGHTED_KINDS or producer.weight is None:
         return no("producer", producer.kind if producer else "input", "it follows {value}, which has no weights")
     if len(graph.consumers(source)) > 1 or source in graph.output_values:
         return no("readers", len(graph.consumers(source)), "{value} operators or outputs read what it normalizes")

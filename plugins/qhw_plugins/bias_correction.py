@@ -11,7 +11,7 @@ from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Surve
 from qhw.engine import Layer, layers
 from qhw.errors import PlanError, RangeError
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
-from qhw.graph import Graph, Operator, Placement
+from qhw.graph import WEIGHTED_KINDS, Graph, Operator, Placement
 from qhw.schema import TargetSpec
 from qhw_plugins.moments import (
     Channels,
@@ -24,8 +24,6 @@ from qhw_plugins.moments import (
     why_untold,
 )
 from qhw_plugins.sites import DATA_GIVEN, TAKEN, needs_calibration, weight_sites
-
-_LAYERS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 
 
 class EmpiricalBiasCorrectionOptions(AlgorithmOptions):
@@ -149,7 +147,7 @@ def _layer(graph: Graph, points: Placement, group: str) -> Operator | Reason:
     name = next(point.tensor for point in points.points if point.group == group)
     users = graph.weight_users(name)
     operator = users[0]
-    if operator.kind not in _LAYERS:
+    if operator.kind not in WEIGHTED_KINDS:
         return Reason(subject=f"graph.{operator.name}.kind", value=operator.kind, rule="{value} has no bias to correct")
     if len(users) > 1:
         rule = f"{{value}} operators share {name}, each with another input"

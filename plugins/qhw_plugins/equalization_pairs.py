@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qhw.decisions import Reason
 from qhw.errors import PlanError
-from qhw.graph import VIEW_KINDS, Graph, Operator, Placement
+from qhw.graph import VIEW_KINDS, WEIGHTED_KINDS, Graph, Operator, Placement
 
 __all__ = [
     "Pair",
@@ -23,7 +23,6 @@ __all__ = [
     "planned_pairs",
 ]
 
-_WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 _ELEMENTWISE = ("Relu", "PRelu", "LeakyRelu", "Identity", "Dropout")
 _POOLS = ("MaxPool", "AveragePool")
 _REDUCTIONS = ("GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
@@ -74,7 +73,7 @@ class PairFinder:
 
     def firsts(self) -> tuple[Operator, ...]:
         """Operators with weights, in execution order."""
-        return tuple(operator for operator in self._graph.operators if operator.kind in _WEIGHTED)
+        return tuple(operator for operator in self._graph.operators if operator.kind in WEIGHTED_KINDS)
 
     def batch_norm_of(self, first: Operator) -> Operator | None:
         """The batch norm that is folded into an operator."""
@@ -92,7 +91,7 @@ class PairFinder:
             reader = self._only_reader(value)
             if isinstance(reader, Reason):
                 return reader
-            if reader.kind in _WEIGHTED:
+            if reader.kind in WEIGHTED_KINDS:
                 obstacle = self._parameters(reader) or layout.mismatch(reader, value)
                 block = layout.block(value)
                 return obstacle or Pair(first, reader, tuple(between), block)

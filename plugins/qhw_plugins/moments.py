@@ -20,11 +20,10 @@ from qhw.decisions import Reason
 from qhw.engine import MatrixForm
 from qhw.errors import RangeError
 from qhw.extension import AlgorithmOptions
-from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, Graph, Operator, Placement
+from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, WEIGHTED_KINDS, Graph, Operator, Placement
 from qhw.numerics import ChannelNormal
 from qhw_plugins.batch_norm_folding import normal_of
 
-_WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 _BINARY = ("Add", "Sub", "Mul", "Div", "Min", "Max")
 # Pooling keeps the mean and has the standard deviation as an upper bound; so do interpolation and dropout.
 _POOLS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "MaxPool", "GlobalMaxPool", "ReduceMax", "Resize")
@@ -226,7 +225,7 @@ def _channels(
     sources = [found[name] for name in operator.inputs if name in found]
     if not sources or len(sources) < len(operator.inputs) or operator.attributes.get("computed"):
         return None
-    if kind in _WEIGHTED:
+    if kind in WEIGHTED_KINDS:
         return _weighted(graph, operator, found) if operator.weight is not None and len(sources) == 1 else None
     if kind in ("Relu", "Clip"):
         low, high = operator.attributes.get("minimum"), operator.attributes.get("maximum")

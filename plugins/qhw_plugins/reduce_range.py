@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights made small enough for registers that hold the sum of two products: no input makes a pair overflow."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey, Verdict
 from qhw.engine import MatrixForm
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, Operator, Placement, input_point
-from qhw.numerics import Operands, PerAxis, PerTensor, QParams, expand, legal_scale, multiplied_range, pair_sums
+from qhw.numerics import Operands, PerTensor, QParams, multiplied_range, pair_sums
 from qhw.schema import Accumulator, Pairwise, TargetSpec
+from qhw_plugins.fitted_weights import FittedWeight, refused, weight_survey, weighted_users
 from qhw_plugins.weight_loss import lowest, sqnr_db
 
-_CANDIDATES = 9
-_WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 _FORMS: tuple[Operands, ...] = ("centred", "stored", "unsigned")
 
 
@@ -43,24 +42,11 @@ class ReduceRange(Algorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """Weights with a pair of codes, among all that their format has, that could overflow are sites."""
-        names = {operator.name: operator for operator in graph.operators}
-        sites = []
-        for point in points.points:
-            if point.role == "weight" and names[point.operator].kind in _WEIGHTED:
-                verdict = _verdict(names[point.operator], point.format, points, target)
-                sites.append(Site(name=point.group, verdict=verdict))
-        if not sites:
-            reason = Reason(subject="graph.weights", value=0, rule="no operator sums products with weights")
-            return Survey(verdict=Verdict(taken=False, reasons=(reason,)))
-        return Survey(verdict=Verdict(taken=any(site.verdict.taken for site in sites)), sites=tuple(sites))
+        return weight_survey(graph, points, lambda operator, name: _verdict(operator, name, points, target))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Shrink what could overflow."""
-        figures: dict[str, dict[str, Json]] = {}
-        for group in step.sites:
-            point = work.group(group)[0]
-            for operator in [o for o in work.graph.weight_users(point.tensor) if o.kind in _WEIGHTED]:
-                figures[group] = _fit(work, group, operator)
+        figures = {group: _fit(work, group, operator) for group, operator in weighted_users(work, step)}
         changed = {name: site for name, site in figures.items() if site["channels"]}
         channels = sum(int(str(site["channels"])) for site in changed.values())
         summary = f"no pair of products of {len(figures)} weights can overflow; {channels} channels of {len(changed)} "
@@ -78,20 +64,16 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
     if not isinstance(pairs, Pairwise) or not isinstance(pairs.bits, int):
         value = pairs if not isinstance(pairs, Pairwise) else pairs.bits
         rule = "its width is {value}: nothing to hold pairs to" if value else "no register holds sums of two products"
-        return _refused(subject, value, rule)
+        return refused(subject, value, rule)
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
     if weight.zero_point not in (0, None):
-        return _refused(f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point")
+        return refused(f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point")
     codes = max(-int(weight.quant_min or 0), int(weight.quant_max or 0))
     largest = 2 * codes * (_widest(target.formats[point.format], pairs) if point is not None else 0)
     if largest < 1 << (pairs.bits - 1):
-        return _refused(f"{subject}.bits", pairs.bits, "{value} bits hold every sum of two products that formats allow")
+        return refused(f"{subject}.bits", pairs.bits, "{value} bits hold every sum of two products that formats allow")
     rule = f"{{value}} bits: two products could need {largest.bit_length() + 1}"
     return Verdict(taken=True, reasons=(Reason(subject=f"{subject}.bits", value=pairs.bits, rule=rule),))
-
-
-def _refused(subject: str, value: Json, rule: str) -> Verdict:
-    return Verdict(taken=False, reasons=(Reason(subject=subject, value=value, rule=rule),))
 
 
 def _widest(spec: Any, pairs: Pairwise) -> int:
@@ -111,31 +93,21 @@ def _forms(pairs: Pairwise) -> tuple[Operands, ...]:
 
 def _fit(work: Any, group: str, operator: Operator) -> dict[str, Json]:
     """Codes and scales of one operator's weights, so that its pairs fit."""
-    weight, start = work.weight(group), work.weight_qparams(group)
-    form = MatrixForm(operator, tuple(weight.shape))
-    register = _Register.of(work, operator, form)
-    rows = form.weight_rows(weight).flatten(0, 1).double()
-    full = expand(start.scale, start.granularity, tuple(weight.shape)).expand(weight.shape)
-    scale = form.weight_rows(full).flatten(0, 1)[:, 0].double()
-    limits = start.quant_min, start.quant_max
-    codes = (rows / scale[:, None]).round().clamp(*limits)
+    weight = FittedWeight.of(work, group, operator)
+    register, rows = _Register.of(work, operator, weight.form), weight.rows
+    limits = weight.start.quant_min, weight.start.quant_max
+    codes = (rows / weight.scale[:, None]).round().clamp(*limits)
     excess = register.excess(codes).amax(1)
     if not bool((excess > 1).any()):
         return {"largest_code_before": _largest(codes), "largest_code": _largest(codes), "channels": 0, "sqnr_db": None}
-    is_own = isinstance(start.granularity, PerAxis) and len(start.scale) == len(rows)
-    growth = excess.clamp(min=1) * (1 + 2.0**-6)  # rounding may lift a pair above its real value
-    growth = growth if is_own else growth.amax().expand(len(rows))
-    best, least = scale, torch.full_like(scale, torch.inf)
-    for share in torch.linspace(0, 1, _CANDIDATES, dtype=torch.float64):
-        tried = torch.where(growth > 1, legal_scale(scale * growth**share, work.grid(group)).double(), scale)
-        error = (rows - register.cut(rows, tried, limits) * tried[:, None]).square().sum(1)
-        error = error if is_own else error.sum().expand(len(rows))
-        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+
+    def error(scale: Tensor) -> Tensor:
+        return (rows - register.cut(rows, scale, limits) * scale[:, None]).square().sum(1)
+
+    # Rounding may lift a pair above its real value.
+    best = weight.best_scale(excess.clamp(min=1) * (1 + 2.0**-6), error)
     kept = register.cut(rows, best, limits)
-    chosen = best.float() if is_own else best[: start.scale.numel()].float().reshape(start.scale.shape)
-    work.set_qparams(group, replace(start, scale=chosen))
-    real = form.weight_of((kept * best[:, None]).reshape(form.weight_rows(weight).shape))
-    work.graph.set_tensor(work.group(group)[0].tensor, real.to(weight.dtype))
+    weight.put(work, kept, best)
     return {
         "largest_code_before": _largest(codes),
         "largest_code": _largest(kept),

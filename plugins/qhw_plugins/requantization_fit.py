@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict
+from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, listed
 from qhw.engine import weight_scale_floor
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
@@ -305,9 +305,9 @@ def _summary(figures: dict[str, dict[str, Json]]) -> str:
     changed = {name: site for name, site in figures.items() if "reason" in site}
     if not changed:
         return f"{start}; no scale had to grow"
-    listed = [_change(name, site) for name, site in list(changed.items())[:3]]
+    shown = [_change(name, site) for name, site in list(changed.items())[:3]]
     more = f" and those of {len(changed) - 3} operators more" if len(changed) > 3 else ""
-    return f"{start}; scales grew: {'; '.join(listed)}{more}{lowest(changed)}{_coarse(changed)}"
+    return f"{start}; scales grew: {'; '.join(shown)}{more}{lowest(changed)}{_coarse(changed)}"
 
 
 def _change(name: str, site: dict[str, Json]) -> str:
@@ -321,9 +321,8 @@ def _coarse(changed: dict[str, dict[str, Json]]) -> str:
     coarse = [name for name, site in changed.items() if min(_codes(site).values(), default=_FEW_CODES) < _FEW_CODES]
     if not coarse:
         return ""
-    listed = ", ".join(coarse[:3]) + (f" and {len(coarse) - 3} more" if len(coarse) > 3 else "")
     return (
-        f". Warning: values use fewer than {_FEW_CODES} codes at {listed}; measure the accuracy, or keep "
+        f". Warning: values use fewer than {_FEW_CODES} codes at {listed(coarse, 3)}; measure the accuracy, or keep "
         f"{'it' if len(coarse) == 1 else 'them'} in float with --keep-float"
     )
 

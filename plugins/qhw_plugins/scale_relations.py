@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from qhw.engine import MatrixForm
-from qhw.graph import Graph, Operator, OperatorPlacement
+from qhw.graph import WEIGHTED_KINDS, Graph, Operator, OperatorPlacement
 from qhw.numerics import PerGroup, QParams, accumulator_bounds, expand, quantize
 from qhw.schema import Approximation, ExponentBound, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 from qhw_plugins.legal_ratios import LARGEST_FLOAT, SMALLEST_NORMAL, LegalRatios, legal_ratios
 
-WEIGHTED = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 MULTIPLIER = "its multiplier"
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
 _GATHERING = ("Concat", "Relu", "Clip")
@@ -84,7 +83,7 @@ def stated(target: TargetSpec, placement: OperatorPlacement, kind: str) -> tuple
 
 def is_requantized(kind: str) -> bool:
     """Whether operators of a kind go through multipliers that are checked here."""
-    return kind in (*WEIGHTED, "MatMul", "Mul", "Add", "Sub", *_AVERAGES, *_GATHERING)
+    return kind in (*WEIGHTED_KINDS, "MatMul", "Mul", "Add", "Sub", *_AVERAGES, *_GATHERING)
 
 
 class _Reader:
@@ -115,7 +114,7 @@ class _Reader:
         known = [group for group in self._inputs if group is not None]
         if len(known) == len(self._inputs):
             yield from self._exponents()
-            if self._operator.kind in WEIGHTED and self._weight is not None and not self._is_grouped():
+            if self._operator.kind in WEIGHTED_KINDS and self._weight is not None and not self._is_grouped():
                 yield from self._sums(known[0], self._weight)
             elif self._output is not None and self._weight is None and self._legal is not None:
                 yield from self._of_activations(known, self._output, self._legal)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from qhw.decisions import Json
+from qhw.decisions import Json, listed
 
 # What weights of 3 bits keep: normal ones 14.3 dB on their best uniform grid of 8 steps (Max, 1960). Accumulators that
 # are too narrow cost ResNet-20 1.0 points of accuracy where its worst layer keeps 16.9 dB, 4.5 at 10.9 dB, 43 at 5.2.
@@ -38,8 +38,7 @@ def lowest(figures: Mapping[str, Mapping[str, Json]]) -> str:
     wrecked = sorted((name for name in known if known[name] < WARN_BELOW_DB), key=lambda name: known[name])
     if not wrecked:
         return words
-    listed = ", ".join(wrecked[:3]) + (f" and {len(wrecked) - 3} more" if len(wrecked) > 3 else "")
     return (
-        f"{words}. Warning: below {WARN_BELOW_DB:g} dB, what 3-bit weights keep: {listed}; measure the accuracy, or "
-        f"keep {'it' if len(wrecked) == 1 else 'them'} in float with --keep-float"
+        f"{words}. Warning: below {WARN_BELOW_DB:g} dB, what 3-bit weights keep: {listed(wrecked, 3)}; measure the "
+        f"accuracy, or keep {'it' if len(wrecked) == 1 else 'them'} in float with --keep-float"
     )

@@ -8,7 +8,7 @@ from qhw.decisions.resources import Resources
 from qhw.decisions.stages import STAGES, Stage
 from qhw.decisions.step import Refusal, Step, StepReport
 from qhw.decisions.verdict import Reason, Site, Survey, Verdict
-from qhw.wording import counted
+from qhw.wording import counted, listed
 
 __all__ = [
     "STAGES",
@@ -29,4 +29,5 @@ __all__ = [
     "Survey",
     "Verdict",
     "counted",
+    "listed",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey
+from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey, counted
 
 if TYPE_CHECKING:
     from qhw.graph import Graph, Placement
@@ -109,8 +109,7 @@ class TrainingAlgorithm(Algorithm):
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:
         """Nothing yet: the sites wait for training."""
-        count = len(step.sites)
-        sites = f"{count} site{'s wait' if count != 1 else ' waits'}"
+        sites = counted(len(step.sites), "site waits", "sites wait")
         return StepReport(stage=step.stage, algorithm=self.name, summary=f"{sites} for training (qhw.trainable)")
 
     @abstractmethod

@@ -10,6 +10,7 @@ from qhw.graph.placement import Placement, place
 from qhw.graph.points import FixedEncoding, OperatorPlacement, QuantPoint, input_point
 from qhw.graph.room import SUMMING_KINDS, accumulator_width, num_products, sum_bits
 from qhw.graph.saving import graph_from_json, graph_to_json
+from qhw.schema import WEIGHTED_KINDS
 
 __all__ = [
     "ATEN_KINDS",
@@ -17,6 +18,7 @@ __all__ = [
     "MOVEMENT_KINDS",
     "SUMMING_KINDS",
     "VIEW_KINDS",
+    "WEIGHTED_KINDS",
     "ExampleInputs",
     "FixedEncoding",
     "Graph",

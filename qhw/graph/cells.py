@@ -13,13 +13,12 @@ from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.graph.limits import violated_limit
 from qhw.graph.operator import Operator
 from qhw.graph.points import OperatorPlacement
-from qhw.schema import Kernel, TargetSpec
+from qhw.schema import WEIGHTED_KINDS, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
 __all__ = ["Cell", "Cells", "find_cells"]
 
 _TWO_OPERANDS = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "MatMul"})
-_WEIGHTED = frozenset({"Conv", "DepthwiseConv", "ConvTranspose", "Gemm"})
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ def _unfit(operator: Operator) -> str | None:
         return "an operand is computed from parameters alone; make it a parameter or a buffer to quantize it"
     if facts.get("of_tuple"):
         return "it picks one of several results of an operator that the host runs"
-    if operator.kind in _WEIGHTED and (operator.weight is None or len(operator.inputs) != 1):
+    if operator.kind in WEIGHTED_KINDS and (operator.weight is None or len(operator.inputs) != 1):
         return "its weight or bias is no parameter but computed while the model runs"
     return None
 

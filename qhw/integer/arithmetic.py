@@ -87,21 +87,9 @@ class Requantization:
             limits: Lowest and highest code.
             dtype: Of the result.
         """
-        if self._power is not None and acc.dtype == torch.float32:
-            # Whole numbers below 2^24 times a power of two are exact, and so is their fraction.
-            quotient, rule = acc * self._power, _single(self.rounding)
-            whole = quotient.round_() if rule == "half_even" else round_real(quotient, rule)
-            return clamped(whole.add_(float(self.zero_point)) if self.zero_point else whole, limits, dtype)
         if self._prepared is None:
             return clamped(self(acc), limits, dtype)
         return self._prepared(acc, self.zero_point, *limits, dtype)
-
-    @cached_property
-    def _power(self) -> Tensor | None:
-        """2^-shift in float32, of a requantization by shifts alone."""
-        if self.kind != "shift" or self.shift is None or self.before or self.rounding == "stages":
-            return None
-        return torch.ldexp(torch.ones_like(self.shift, dtype=torch.float32), -self.shift)
 
     @cached_property
     def _prepared(self) -> FixedPointCodes | None:

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from qhw.integer.accumulate import Bounds
 from qhw.integer.bias import bias_reach
+from qhw.integer.codes import reach
 from qhw.integer.exact import FLOAT32_EXACT, exact_dtype, exact_settings
 from qhw.integer.site import Site
 from qhw.integer.weights import centred_weight, product_of, weight_rows
 
-__all__ = ["met_weights", "product_bounds", "sample_shape", "saturating_bounds"]
+__all__ = ["matmul_bounds", "met_weights", "product_bounds", "sample_shape", "saturating_bounds"]
 
 
 def product_bounds(site: Site) -> Bounds:
@@ -34,6 +35,13 @@ def product_bounds(site: Site) -> Bounds:
     if bias is not None:
         highest, lowest = highest + bias.clamp(min=0), lowest + bias.clamp(max=0)
     return Bounds(lowest, highest)
+
+
+def matmul_bounds(site: Site) -> Bounds:
+    """What the sums of a product of two activations can reach, whatever their codes, in any order of summation."""
+    a, b = site.inputs
+    largest = reach(a) * reach(b) * int(site.operator.attributes["reduced_elements"])
+    return Bounds(torch.tensor([-largest]), torch.tensor([largest]))
 
 
 def saturating_bounds(site: Site, bounds: Bounds) -> Bounds:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qhw.integer.arithmetic import Requantization
-from qhw.numerics import ROUNDING_RULES
+from qhw.numerics import ROUNDING_RULES, round_real
 from qhw.numerics.requantize import FixedPointCodes
 from qhw.numerics.requantize_int64 import DOUBLE
 
@@ -50,9 +50,9 @@ def _fixed_point(rescale: Requantization, limits: tuple[int, int], largest: int)
 
 
 def _float32(rescale: Requantization, limits: tuple[int, int]) -> Finish | None:
-    """The same operations in the same order, in place."""
-    factor, zero_point = rescale.factor, rescale.zero_point
-    if rescale.kind != "float32" or factor is None or rescale.before or rescale.rounding != "half_even":
+    """The same operations in the same order, in place: a product in float32, rounded, and the zero point."""
+    factor, rule, zero_point = _factor(rescale), rescale.rounding, rescale.zero_point
+    if factor is None or rescale.before or rule not in ROUNDING_RULES:
         return None
     plain = filling(rescale.codes, limits)
 
@@ -60,9 +60,20 @@ def _float32(rescale: Requantization, limits: tuple[int, int]) -> Finish | None:
         if acc.dtype != torch.float32 or out.dtype != torch.float32:
             plain(acc, out)
             return
-        acc.mul_(factor).round_()
+        acc.mul_(factor)
+        whole = acc.round_() if rule == "half_even" else round_real(acc, rule)  # type: ignore[arg-type]
         if zero_point:
-            acc.add_(float(zero_point))
-        torch.clamp(acc, *limits, out=out)
+            whole.add_(float(zero_point))
+        torch.clamp(whole, *limits, out=out)
 
     return finish
+
+
+def _factor(rescale: Requantization) -> Tensor | None:
+    """What float32 accumulators are multiplied by in float32; None where that is not what the target computes.
+
+    A shift is a product with a power of two: exact for whole numbers below 2^24, and so is its fraction.
+    """
+    if rescale.kind == "shift" and rescale.shift is not None:
+        return torch.ldexp(torch.ones_like(rescale.shift, dtype=torch.float32), -rescale.shift)
+    return rescale.factor if rescale.kind == "float32" and rescale.rounding == "half_even" else None

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
-from qhw.graph import MOVEMENT_KINDS
+from qhw.graph import MOVEMENT_KINDS, WEIGHTED_KINDS
 from qhw.integer.approximation import approximation_of
 from qhw.integer.elementwise import lower_add, lower_mul
 from qhw.integer.hard_swish import lower_hard_swish, lower_rsqrt
 from qhw.integer.movement import lower_concat, lower_movement, onto_result, regridded
 from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
-from qhw.integer.products import PRODUCT_KINDS, Lowered, lower_matmul, lower_product
+from qhw.integer.products import Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
 from qhw.integer.resize import lower_resize
 from qhw.integer.site import Site, sites
@@ -22,7 +22,7 @@ from qhw.integer.tables import lower_clip, lower_slopes, lower_table
 __all__ = ["Obstacle", "lower"]
 
 _FORMS: Mapping[str, Callable[[Site], Lowered]] = {
-    **dict.fromkeys(PRODUCT_KINDS, lower_product),
+    **dict.fromkeys(WEIGHTED_KINDS, lower_product),
     "MatMul": lower_matmul,
     **dict.fromkeys(("Add", "Sub"), lower_add),
     "Mul": lower_mul,

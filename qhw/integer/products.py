@@ -15,9 +15,9 @@ from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds, summation_of
 from qhw.integer.arithmetic import Requantization, code_bounds, rescaler
 from qhw.integer.bias import accumulated_bias, behind_multiplier, is_behind_multiplier
-from qhw.integer.bounds import product_bounds, saturating_bounds
+from qhw.integer.bounds import matmul_bounds, product_bounds, saturating_bounds
 from qhw.integer.byte_products import byte_convolution
-from qhw.integer.codes import carrier, reach
+from qhw.integer.codes import carrier
 from qhw.integer.exact import exact_dtype
 from qhw.integer.finish import filling, finish_of
 from qhw.integer.pairwise import matmul_pair_bounds, pair_bounds
@@ -28,9 +28,7 @@ from qhw.integer.weights import centred_weight, output_shape, product_of, unit_o
 from qhw.integer.windows import is_ordinary
 from qhw.numerics import PerGroup, QParams
 
-__all__ = ["PRODUCT_KINDS", "Fact", "Lowered", "Run", "lower_matmul", "lower_product", "product_bounds"]
-
-PRODUCT_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
+__all__ = ["Fact", "Lowered", "Run", "lower_matmul", "lower_product", "product_bounds"]
 
 Run = Callable[[Sequence[Tensor]], Tensor]
 Fact = str | int | tuple[int, ...] | Tensor | Requantization
@@ -146,10 +144,9 @@ def lower_matmul(site: Site) -> Lowered:
     """
     a, b = _two(site)
     count = int(site.operator.attributes["reduced_elements"])
-    largest = reach(a) * reach(b) * count
-    bounds = Bounds(torch.tensor([-largest]), torch.tensor([largest]))
+    bounds = matmul_bounds(site)
     summation = summation_of(site, bounds, partial(matmul_pair_bounds, site))
-    dtype = exact_dtype(largest) if summation.is_exact else torch.int64
+    dtype = exact_dtype(bounds.largest) if summation.is_exact else torch.int64
     zeros = a.zero_point.to(dtype), b.zero_point.to(dtype)
     product = torch.matmul if summation.is_exact else matmul_on_the_way(site, summation, bounds)
 
@@ -165,7 +162,7 @@ def lower_matmul(site: Site) -> Lowered:
     def unit(kind: torch.dtype) -> Tensor:
         return a.scale.to(kind) * b.scale.to(kind)
 
-    return _finished(site, accumulate, unit, largest, summation.is_exact)
+    return _finished(site, accumulate, unit, bounds.largest, summation.is_exact)
 
 
 def _two(site: Site) -> tuple[QParams, QParams]:

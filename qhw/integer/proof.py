@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
+from qhw.graph import WEIGHTED_KINDS
 from qhw.integer.accumulate import Bounds
 from qhw.integer.bounds import product_bounds, saturating_bounds
 from qhw.integer.pairwise import stated_pair_bounds
-from qhw.integer.products import PRODUCT_KINDS
 from qhw.integer.site import Site, sites
 from qhw.integer.witness import Witness, pair_witness, sum_witness
 from qhw.schema import Accumulator, Pairwise
@@ -94,7 +94,7 @@ def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Ite
         witnesses: Whether inputs are looked for that attain the bounds: one gradient of one output per operator.
     """
     for site in sites(result):
-        if site.operator.kind in PRODUCT_KINDS and site.weight is not None and site.inputs:
+        if site.operator.kind in WEIGHTED_KINDS and site.weight is not None and site.inputs:
             yield _proof(site, witnesses)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from qhw.errors import IntegerError
 from qhw.integer.accumulate import Bounds, Pairs, Saturation, Summation, summation_of
 from qhw.integer.bias import accumulated_bias
-from qhw.integer.bounds import product_bounds, saturating_bounds
+from qhw.integer.bounds import matmul_bounds, product_bounds, saturating_bounds
 from qhw.integer.codes import reach
 from qhw.integer.exact import exact_dtype
 from qhw.integer.pairwise import check_raw_sums, matmul_pair_bounds, multiplied_weight, pair_bounds, pair_reach
@@ -31,10 +31,7 @@ def is_plain_sum(site: Site) -> bool:
         site: A Conv, DepthwiseConv, ConvTranspose, Gemm or MatMul that can be executed.
     """
     if site.weight is None:
-        count = int(site.operator.attributes["reduced_elements"])
-        largest = reach(site.inputs[0]) * reach(site.inputs[1]) * count
-        ends = Bounds(torch.tensor([-largest]), torch.tensor([largest]))
-        return summation_of(site, ends, partial(matmul_pair_bounds, site)).is_exact
+        return summation_of(site, matmul_bounds(site), partial(matmul_pair_bounds, site)).is_exact
     bounds = saturating_bounds(site, product_bounds(site))
     bias = accumulated_bias(site)
     added = site.bias is None or (bias is not None and torch.equal(bias, site.bias.codes.long()))

@@ -12,6 +12,7 @@ from qhw.schema.marks import recorded_fields
 from qhw.schema.open_fields import OpenField, open_fields
 from qhw.schema.operators import (
     PLANNED_LIMITS,
+    WEIGHTED_KINDS,
     Approximation,
     Attribute,
     FixedOutput,
@@ -28,6 +29,7 @@ from qhw.schema.write import target_json_schema, to_json
 __all__ = [
     "PLANNED_LIMITS",
     "UNKNOWN",
+    "WEIGHTED_KINDS",
     "Accumulator",
     "Align",
     "Approximation",

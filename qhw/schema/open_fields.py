@@ -8,14 +8,14 @@ from qhw.schema.arithmetic import Accumulator, Align, Pairwise, Requantize, Shif
 from qhw.schema.base import UNKNOWN, Path, Table, leaves
 from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
-from qhw.schema.operators import Approximation, Operator
+from qhw.schema.operators import WEIGHTED_KINDS, Approximation, Operator
 from qhw.schema.spec import TargetSpec
 
 __all__ = ["FUNCTION_KINDS", "OpenField", "open_fields"]
 
 EXACT = ("qhw verify", "qhw golden")
 SUMS = (*EXACT, "qhw accumulators")
-WEIGHTED = frozenset({"Conv", "DepthwiseConv", "ConvTranspose", "Gemm"})
+WEIGHTED = frozenset(WEIGHTED_KINDS)
 MEANS = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 ADDITIONS = frozenset({"Add", "Sub"})
 RESCALED = WEIGHTED | MEANS | ADDITIONS | {"MatMul", "Mul", "ReduceSum"}

@@ -26,6 +26,7 @@ from qhw.schema.base import (
 __all__ = [
     "ATTRIBUTES",
     "PLANNED_LIMITS",
+    "WEIGHTED_KINDS",
     "Approximation",
     "Attribute",
     "FixedOutput",
@@ -35,6 +36,9 @@ __all__ = [
     "Operator",
     "RealRange",
 ]
+
+WEIGHTED_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
+"""Kinds that sum products of an input with weights of the model."""
 
 Real = Annotated[float, Says("a number")]
 Attribute = Literal[

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantization-aware training: a result that trains, and what training made of it as a result again."""
 
-from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer
+from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, is_distributed
 from qhw.training.form import TrainingForm
 from qhw.training.freezing import freeze
 from qhw.training.loop import Training, train
@@ -15,6 +15,7 @@ __all__ = [
     "Training",
     "TrainingForm",
     "freeze",
+    "is_distributed",
     "parameter_groups",
     "train",
     "trainable",

@@ -36,6 +36,7 @@ from qhw.training.blame import check_finite
 from qhw.training.form import TrainingForm
 from qhw.training.start import training_steps
 from qhw.training.statistics import reestimated
+from qhw.wording import counted
 
 __all__ = ["freeze"]
 
@@ -189,6 +190,7 @@ def _merged_weight(work: Work, group: str, weight: Tensor, factor: Tensor, remar
 def _report(step: Step, remarks: Remarks) -> StepReport:
     """What a step of training came to."""
     sites: dict[str, dict[str, Json]] = {name: {"remark": remarks[name]} for name in step.sites if name in remarks}
-    count = f"{len(step.sites)} site{'s' if len(step.sites) != 1 else ''} trained"
-    summary = "; ".join([count, *(f"{name}: {remarks[name]}" for name in sites)])
+    summary = "; ".join(
+        [f"{counted(len(step.sites), 'site')} trained", *(f"{name}: {remarks[name]}" for name in sites)]
+    )
     return StepReport(stage="train", algorithm=step.algorithm, summary=summary, sites=sites)

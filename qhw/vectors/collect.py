@@ -12,12 +12,13 @@ from torch import Tensor
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
+from qhw.graph import WEIGHTED_KINDS
 from qhw.integer.accumulate import wrapped
 from qhw.integer.arithmetic import Requantization
 from qhw.integer.codes import Codes, is_one_grid
 from qhw.integer.model import Executed
 from qhw.integer.movement import Regridding, regridded
-from qhw.integer.products import PRODUCT_KINDS, product_bounds
+from qhw.integer.products import product_bounds
 from qhw.integer.saturating import is_plain_sum
 from qhw.integer.site import Constant, PointIndex, Site
 from qhw.numerics import PerAxis, QParams
@@ -147,7 +148,7 @@ class _Collected:
         form, site = self._run.form, self._site
         if form.accumulate is None:
             return None
-        if site.operator.kind in (*PRODUCT_KINDS, "MatMul") and not is_plain_sum(site):
+        if site.operator.kind in (*WEIGHTED_KINDS, "MatMul") and not is_plain_sum(site):
             raise IntegerError(
                 f"{site.name}: its golden vectors cannot be written yet: its sums depend on their order, or its bias "
                 "is not added as stored."
@@ -178,7 +179,7 @@ class _Collected:
     def _reach(self) -> tuple[int, int]:
         """Lowest and highest accumulator that any input gives."""
         site = self._site
-        if site.operator.kind in PRODUCT_KINDS:
+        if site.operator.kind in WEIGHTED_KINDS:
             bounds = product_bounds(site)
             return int(bounds.lowest.min()), int(bounds.highest.max())
         reach = 1

@@ -16,7 +16,7 @@ from qhw.engine import Work
 from qhw.errors import PlanError, RangeError
 from qhw.integer import IntegerModel, prove_accumulators
 from qhw.schema import parse_target
-from qhw_plugins import accumulator_projection
+from qhw_plugins import fitted_weights
 from qhw_plugins.accumulator_projection import _onto_ball, projected
 
 TARGET = """
@@ -128,7 +128,7 @@ def test_coarser_scales_keep_the_function_where_projection_alone_would_not(monke
     report = next(step for step in result.steps if step.algorithm == "accumulator_projection")
     assert all(site["bits"] <= 18 for site in report.sites.values())
     assert any(site["bits_before"] > 18 and site["channels"] > 0 for site in report.sites.values())
-    monkeypatch.setattr(accumulator_projection, "_CANDIDATES", 1)  # the present scale alone
+    monkeypatch.setattr(fitted_weights, "_CANDIDATES", 1)  # the present scale alone
     assert sqnr(result) > sqnr(quantized(target("18"))) + 6
 
 

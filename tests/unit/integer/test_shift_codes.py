@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qhw.integer.arithmetic import Requantization
+from qhw.integer.finish import finish_of
 
 RULES = {
     "half_even": round,
@@ -28,6 +29,7 @@ RULES = {
 )
 def test_codes_are_those_of_fractions(acc: list[int], shift: int, rule: str, zero_point: int) -> None:
     rescale = Requantization("shift", rule, zero_point, shift=torch.tensor(shift))  # type: ignore[arg-type]
-    found = rescale.codes(torch.tensor(acc, dtype=torch.float32), (-128, 127), torch.float32)
+    found = torch.empty(len(acc))
+    finish_of(rescale, (-128, 127), 2**24 - 1)(torch.tensor(acc, dtype=torch.float32), found)
     wanted = [min(127, max(-128, RULES[rule](Fraction(a) / Fraction(2) ** shift) + zero_point)) for a in acc]
     assert found.long().tolist() == wanted
