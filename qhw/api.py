@@ -100,14 +100,7 @@ def plan(
     registry = registry or default_registry()
     graph = _graph(model, example_inputs)
     spec = target if isinstance(target, TargetSpec) else load_target(target, registry=registry)
-    overrides = Overrides(
-        pipeline=pipeline,
-        prefer=_names(prefer),
-        without=_names(without),
-        keep_float=_names(keep_float),
-        formats=dict(formats or {}),
-        options={name: dict(values) for name, values in (options or {}).items()},
-    )
+    overrides = Overrides.of(pipeline, prefer, without, keep_float, formats, options)
     labels = calibration is not None and has_labels(calibration, graph)
     resources = Resources(calibration=calibration is not None, labels=labels)
     made = select(graph, spec, registry, resources, overrides)
@@ -335,11 +328,6 @@ def _calibration(data: CalibrationData | None, graph: Graph) -> Calibration | No
 def _entered(folder: WorkFolder | str | os.PathLike[str] | None) -> AbstractContextManager[WorkFolder | None]:
     """A path becomes a folder of this call's own; a WorkFolder is its caller's, who entered it."""
     return nullcontext(folder) if folder is None or isinstance(folder, WorkFolder) else WorkFolder(folder)
-
-
-def _names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names; one alone may come as it is."""
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _examples(made: QuantPlan, model: Model) -> ExampleInputs:

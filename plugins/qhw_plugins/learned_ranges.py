@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qhw.decisions import Reason, Resources, Site, Step, Survey, Verdict
+from qhw.decisions import Resources, Step, Survey
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import LearnedQuantizer, PerAxis, PerGroup, ScaleDomain
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import TAKEN, activation_sites, scale_reasons, weight_sites
+from qhw_plugins.sites import free_scales
 
 
 class LearnedRangesOptions(AlgorithmOptions):
@@ -46,13 +46,7 @@ class LearnedRanges(TrainingAlgorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weights and activations but those whose scale the format prescribes."""
-        names = (*weight_sites(points), *activation_sites(points))
-        sites = tuple(scale_site(points, target, name) for name in names)
-        taken = tuple(site.name for site in sites if site.verdict.taken)
-        reasons = scale_reasons(points, target, taken, "a {value} scale learns with the weights")
-        if not taken:
-            reasons = (Reason(subject="points", value=0, rule="no scale is free to learn"),)
-        return Survey(verdict=Verdict(taken=bool(taken), reasons=reasons), sites=sites)
+        return free_scales(points, target, "a {value} scale learns with the weights", "no scale is free to learn")
 
     def attach(self, form: Any, step: Step) -> None:
         """A learning quantizer for every planned group."""
@@ -69,16 +63,6 @@ class LearnedRanges(TrainingAlgorithm):
             gradient_scale=_lsq_factor(form, group) if self.options.gradient_scale == "lsq" else 1.0,
             name=group,
         )
-
-
-def scale_site(points: Placement, target: TargetSpec, group: str) -> Site:
-    """A group, refused where its format prescribes the scale."""
-    name = next(point.format for point in points.points if point.group == group)
-    scale = target.formats[name].scale
-    if getattr(scale, "kind", None) == "fixed":
-        reason = Reason(subject=f"formats.{name}.scale.kind", value="fixed", rule="the scale is {value}")
-        return Site(name=group, verdict=Verdict(taken=False, reasons=(reason,)))
-    return Site(name=group, verdict=TAKEN)
 
 
 def _lsq_factor(form: Any, group: str) -> float:

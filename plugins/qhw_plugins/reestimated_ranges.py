@@ -8,13 +8,13 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from qhw.decisions import Reason, Resources, Step, Survey, Verdict
+from qhw.decisions import Resources, Step, Survey
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import FakeQuantizer, Grid, QParams, qparams_from_range, range_of
 from qhw.schema import TargetSpec
-from qhw_plugins.learned_ranges import scale_site
-from qhw_plugins.sites import activation_sites, scale_reasons, weight_sites
+from qhw.training import is_distributed
+from qhw_plugins.sites import free_scales
 
 
 class ReestimatedRangesOptions(AlgorithmOptions):
@@ -53,7 +53,7 @@ class RangeQuantizer(FakeQuantizer):
     @torch.no_grad()
     def _see(self, x: Tensor) -> None:
         low, high = range_of(x.float(), self.granularity)
-        if dist.is_available() and dist.is_initialized():
+        if is_distributed():
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
         self.low.lerp_(low.to(self.low.dtype), self.momentum)
@@ -79,13 +79,7 @@ class ReestimatedRanges(TrainingAlgorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weights and activations but those whose scale the format prescribes."""
-        names = (*weight_sites(points), *activation_sites(points))
-        sites = tuple(scale_site(points, target, name) for name in names)
-        taken = tuple(site.name for site in sites if site.verdict.taken)
-        reasons = scale_reasons(points, target, taken, "a {value} scale follows every step")
-        if not taken:
-            reasons = (Reason(subject="points", value=0, rule="no scale is free to follow"),)
-        return Survey(verdict=Verdict(taken=bool(taken), reasons=reasons), sites=sites)
+        return free_scales(points, target, "a {value} scale follows every step", "no scale is free to follow")
 
     def attach(self, form: Any, step: Step) -> None:
         """A following quantizer for every planned group."""

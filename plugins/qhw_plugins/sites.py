@@ -41,6 +41,31 @@ def scale_reasons(points: Placement, target: TargetSpec, names: tuple[str, ...],
     return tuple(found.values())
 
 
+def free_scales(points: Placement, target: TargetSpec, rule: str, nothing: str) -> Survey:
+    """Groups of weights and activations, those left out whose scale the format prescribes.
+
+    Args:
+        points: All points.
+        target: Tells the scale of each format.
+        rule: Why the others are taken; {value} stands for the kind of scale.
+        nothing: What there is to say where none is left.
+    """
+    sites = tuple(_scale_site(points, target, name) for name in (*weight_sites(points), *activation_sites(points)))
+    taken = tuple(site.name for site in sites if site.verdict.taken)
+    reasons = scale_reasons(points, target, taken, rule) or (Reason(subject="points", value=0, rule=nothing),)
+    return Survey(verdict=Verdict(taken=bool(taken), reasons=reasons), sites=sites)
+
+
+def _scale_site(points: Placement, target: TargetSpec, group: str) -> Site:
+    """A group, refused where its format prescribes the scale."""
+    name = next(point.format for point in points.points if point.group == group)
+    scale = target.formats[name].scale
+    if getattr(scale, "kind", None) == "fixed":
+        reason = Reason(subject=f"formats.{name}.scale.kind", value="fixed", rule="the scale is {value}")
+        return Site(name=group, verdict=Verdict(taken=False, reasons=(reason,)))
+    return Site(name=group, verdict=TAKEN)
+
+
 def needs_calibration(resources: Resources) -> Survey | None:
     """The refusal of an algorithm that needs data, where there is none."""
     if resources.calibration:

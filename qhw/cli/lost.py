@@ -42,19 +42,20 @@ class Lost:
 
     Attributes:
         within: Points; None: nothing.
-        data: To train on; None: nothing is done.
+        name: What the command line calls the data to train on; None: nothing is done.
+        data: The data.
         epochs: Of training.
         seed: Of training.
     """
 
     within: float | None
-    data: str | None
+    name: str | None
+    data: Any
     epochs: int
     seed: int
 
     def check(self, graph: "Graph", labelled: Any) -> None:
         """Refuse what would end badly after long work."""
-        from qhw.cli.sources import load_data
         from qhw.engine.evaluate import check_labelled
         from qhw.errors import PlanError
 
@@ -62,8 +63,8 @@ class Lost:
             raise PlanError(
                 "--train and --within: need the score of the float model and the result. Add --evaluate DATA."
             )
-        if self.data is not None:
-            check_labelled(graph, load_data(self.data), self.data)
+        if self.name is not None:
+            check_labelled(graph, self.data, self.name)
 
     def trained(
         self, graph: "Graph", result: "QuantizedModel", labelled: Any, metric: Any, out: Path
@@ -71,7 +72,6 @@ class Lost:
         """The result, trained where it loses too much and there is data."""
         import qhw
         from qhw.cli.console import warn
-        from qhw.cli.sources import load_data
         from qhw.decisions import Reason
         from qhw.engine import evaluate as score_all
 
@@ -81,10 +81,10 @@ class Lost:
         if lost <= most:
             return result
         words = f"loses {lost:.2f} of {whole.value:.2f}, more than {most:g} (--within)"
-        if self.data is None:
+        if self.name is None:
             warn(f"the result {words}. --train DATA trains it, or 'qhw train {argument(out)} --data DATA' later.")
             return result
         rule = f"{{value}} below the float model's score, more than {most:g}: trained"
         form = qhw.trainable(result, because=Reason(subject="evaluation.lost", value=round(lost, 2), rule=rule))
-        qhw.train(form, load_data(self.data), epochs=self.epochs, seed=self.seed, work_folder=f"{out}.training")
+        qhw.train(form, self.data, epochs=self.epochs, seed=self.seed, work_folder=f"{out}.training")
         return qhw.freeze(form)

@@ -99,8 +99,9 @@ def quantize(
             check_labelled(graph, labelled)
     score = None if metric is None else load_callable(metric, CalibrationError, "--metric")
     made = source if isinstance(source, qhw.QuantPlan) else qhw.plan(graph, source, calibration=data, **asked)
-    lost = None if train is None and within is None else Lost(within, train, epochs, seed)
-    if lost is not None:
+    lost = None
+    if train is not None or within is not None:
+        lost = Lost(within, train, None if train is None else load_data(train), epochs, seed)
         lost.check(graph, labelled)
     scores: list[Score] = []
 

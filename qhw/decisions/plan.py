@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan: every decision about one model on one target, as frozen data."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -22,6 +23,30 @@ class Overrides(PlanData):
     keep_float: tuple[str, ...] = ()
     formats: dict[str, str] = Field({}, description="Point name or pattern to format id.")
     options: dict[str, dict[str, Json]] = Field({}, description="Algorithm to its options that differ from defaults.")
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: str | None = None,
+        prefer: Sequence[str] = (),
+        without: Sequence[str] = (),
+        keep_float: Sequence[str] = (),
+        formats: Mapping[str, str] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> "Overrides":
+        """Wishes as callers write them: one name alone may come as it is."""
+        return cls(
+            pipeline=pipeline,
+            prefer=_names(prefer),
+            without=_names(without),
+            keep_float=_names(keep_float),
+            formats=dict(formats or {}),
+            options={name: dict(values) for name, values in (options or {}).items()},
+        )
+
+
+def _names(names: Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 class InputShape(PlanData):

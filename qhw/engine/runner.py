@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.bias import bias_qparams
@@ -23,6 +23,7 @@ from qhw.engine.work_folder import KeptStep, WorkFolder, facts_of
 from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry
 from qhw.graph import Graph
+from qhw.graph.verify import not_finite
 from qhw.numerics import PerTensor, QParams
 from qhw.schema import TargetSpec
 
@@ -138,12 +139,9 @@ def apply_step(
 
 def _check_finite(graph: Graph) -> None:
     """Refuse broken weights by name, before they show as broken activations far behind. Buffers may be masks of inf."""
-    norms = [operator for operator in graph.operators if operator.kind == "BatchNormalization"]
-    statistics = [f"{n.attributes['module']}.{field}" for n in norms for field in ("running_mean", "running_var")]
-    for name, tensor in graph.module.state_dict().items():
-        is_checked = isinstance(graph.tensor(name), nn.Parameter) or name in statistics
-        if is_checked and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise RangeError(f"{name}: holds NaN or infinite values. Repair the checkpoint before quantizing.")
+    name = not_finite(graph)
+    if name is not None:
+        raise RangeError(f"{name}: holds NaN or infinite values. Repair the checkpoint before quantizing.")
 
 
 def _set_fixed(work: Work) -> None:

@@ -44,15 +44,19 @@ class BatchNorm(nn.Module):
             self.register_buffer(name, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
+        factor = self.count_batch() if self.training else 0.0
         batch_statistics = self.training or self.running_mean is None
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, factor, self.eps
         )
+
+    def count_batch(self) -> float:
+        """Count a batch of training; its share in the running statistics."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, eps={self.eps}"

@@ -14,7 +14,7 @@ from qhw.errors import CaptureError
 from qhw.graph.forms import DTYPES
 from qhw.graph.graph import Graph
 
-__all__ = ["verify_finite", "verify_shapes"]
+__all__ = ["not_finite", "verify_finite", "verify_shapes"]
 
 
 def verify_shapes(graph: Graph, where: str) -> None:
@@ -39,12 +39,20 @@ def verify_finite(graph: Graph, where: str) -> None:
     Raises:
         CaptureError: a parameter or a batch-norm statistic holds one; names it.
     """
+    name = not_finite(graph)
+    if name is not None:
+        raise CaptureError(f"{where}: '{name}' holds NaN or infinite values. Quantize again, or restore the file.")
+
+
+def not_finite(graph: Graph) -> str | None:
+    """The first parameter or batch-norm statistic that holds NaN or infinite values."""
     norms = [operator for operator in graph.operators if operator.kind == "BatchNormalization"]
     statistics = [f"{n.attributes['module']}.{field}" for n in norms for field in ("running_mean", "running_var")]
     for name, tensor in graph.module.state_dict(keep_vars=True).items():
         is_checked = isinstance(tensor, nn.Parameter) or name in statistics
         if is_checked and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CaptureError(f"{where}: '{name}' holds NaN or infinite values. Quantize again, or restore the file.")
+            return str(name)
+    return None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from qhw.errors import TrainingError
 from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer
 
-__all__ = ["DoubleForward", "KeptNorm", "NormLayer", "OperatorCall", "SyncedBatchNorm"]
+__all__ = ["DoubleForward", "KeptNorm", "NormLayer", "OperatorCall", "SyncedBatchNorm", "is_distributed"]
 
 
 class OperatorCall:
@@ -102,13 +102,9 @@ class SyncedBatchNorm(BatchNorm):
         """
         if self.running_mean is None or self.running_var is None:
             return
-        factor = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if factor is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.detach(), float(factor or 0.0))
-        self.running_var.lerp_(var.detach() * (count / max(count - 1, 1)), float(factor or 0.0))
+        share = self.count_batch()
+        self.running_mean.lerp_(mean.detach(), share)
+        self.running_var.lerp_(var.detach() * (count / max(count - 1, 1)), share)
 
 
 def is_distributed() -> bool:

@@ -55,7 +55,7 @@ def trainable(
     is_asked = bool(pipeline or prefer or without or options)
     plan = result.plan
     if is_asked or not training_steps(plan):
-        plan = _planned(result, registry, pipeline, _names(prefer), _names(without), options or {})
+        plan = _planned(result, registry, Overrides.of(pipeline, prefer, without, options=options))
     if because is not None:
         plan = plan.model_copy(update={"steps": tuple(_because(step, because) for step in plan.steps)})
     form = TrainingForm(result, plan)
@@ -90,23 +90,11 @@ def _norms_first(steps: tuple[Step, ...], groups: tuple[str, ...]) -> list[Step]
     return sorted(steps, key=lambda step: all(site in groups for site in step.sites))
 
 
-def _planned(
-    result: QuantizedModel,
-    registry: Registry,
-    pipeline: str | None,
-    prefer: tuple[str, ...],
-    without: tuple[str, ...],
-    options: Mapping[str, Mapping[str, Any]],
-) -> QuantPlan:
+def _planned(result: QuantizedModel, registry: Registry, asked: Overrides) -> QuantPlan:
     """The plan with other steps of training."""
     plan = result.plan
-    wanted = pipeline or _pipeline_for(plan, registry)
-    asked = Overrides(
-        pipeline=wanted,
-        prefer=prefer,
-        without=without,
-        options={name: dict(values) for name, values in options.items()},
-    )
+    wanted = asked.pipeline or _pipeline_for(plan, registry)
+    asked = asked.model_copy(update={"pipeline": wanted})
     steps, refused = select_stage("train", result.float_graph, plan, result.target, registry, asked)
     if not steps:
         raise TrainingError(
@@ -133,7 +121,3 @@ def _pipeline_for(plan: QuantPlan, registry: Registry) -> str:
         f"trainable: pipeline '{plan.pipeline}' does not say how its results are trained. Pass pipeline=, one with a "
         "stage 'train' (qhw plugin list)."
     )
-
-
-def _names(names: Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
