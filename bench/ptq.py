@@ -18,7 +18,6 @@ at 96 % agreement. CPU seconds and memory are of planning and quantizing a captu
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ import qhw
 from bench.cifar import TARGET, cpu_seconds, float_pass, outputs
 from bench.data import load_models
 from bench.memory import peak_gib
-from bench.pieces import Piece, load, save
+from bench.pieces import Piece, gather, load, measured
 from qhw.engine import SilentProgress, agreement, top1
 
 HERE = Path(__file__).parent
@@ -276,10 +275,8 @@ def made_with() -> str:
 
 def measure(bench: Bench, key: str) -> Piece:
     """One of KEYS."""
-    started = time.process_time()
     part, _, name = key.partition("-")
-    lines = list(pipeline_rows(bench, name) if name else PARTS[part](bench))
-    return Piece(key, lines, made_with(), time.process_time() - started)
+    return measured(key, pipeline_rows(bench, name) if name else PARTS[part](bench), made_with())
 
 
 def page(pieces: list[Piece]) -> str:
@@ -332,11 +329,7 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         bench = Bench(arguments.quick)
-        pieces = []
-        for key in keys:
-            pieces.append(measure(bench, key))
-            if arguments.save:
-                save(pieces[-1], arguments.save)
+        pieces = gather(keys, lambda key: measure(bench, key), arguments.save)
     text = page(pieces)
     print(text)
     if not arguments.quick and keys == KEYS:

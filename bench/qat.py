@@ -32,7 +32,7 @@ import qhw
 from bench.cifar import TARGET, outputs
 from bench.data import load_models
 from bench.memory import peak_gib
-from bench.pieces import Piece, load, save
+from bench.pieces import Piece, gather, load, measured
 from bench.ptq import formats, made_with, table
 from qhw.engine import SilentProgress, top1
 
@@ -237,13 +237,14 @@ HEAD = [
 
 
 def measure(bench: Bench, key: str) -> Piece:
-    """One of PARTS."""
-    started = time.process_time()
-    lines = []
-    for line in PARTS[key](bench):
-        print(line, file=sys.stderr, flush=True)
-        lines.append(line)
-    return Piece(key, lines, made_with(), time.process_time() - started)
+    """One of PARTS; its lines are shown as they are made."""
+
+    def shown() -> Iterator[str]:
+        for line in PARTS[key](bench):
+            print(line, file=sys.stderr, flush=True)
+            yield line
+
+    return measured(key, shown(), made_with())
 
 
 def page(pieces: list[Piece]) -> str:
@@ -282,11 +283,8 @@ def main() -> None:
         pieces = load(arguments.join, keys)
     else:
         torch.set_num_threads(1)
-        bench, pieces = Bench(arguments.quick), []
-        for key in keys:
-            pieces.append(measure(bench, key))
-            if arguments.save:
-                save(pieces[-1], arguments.save)
+        bench = Bench(arguments.quick)
+        pieces = gather(keys, lambda key: measure(bench, key), arguments.save)
     text = page(pieces)
     print(text)
     if not arguments.quick and not arguments.part:
