@@ -12,6 +12,7 @@ from examples import digits
 from qhw.engine import QuantizedModel
 from qhw.integer import IntegerModel
 from qhw_plugins.onnxruntime_executor import OnnxRuntime
+from tests.machine import has_vnni
 
 TARGET = "onnxruntime/cpu-x86-vnni"
 
@@ -27,8 +28,7 @@ def result(graph: qhw.Graph) -> QuantizedModel:
 
 
 def test_the_integer_outputs_are_the_runtimes_to_the_bit(result: QuantizedModel, tmp_path: Path) -> None:
-    flags = OnnxRuntime().versions()["cpu"].split()
-    if not {"avx512_vnni", "avx_vnni"} & set(flags):
+    if not has_vnni():
         pytest.skip("this machine does not compute as the target: no VNNI")
     artefact = qhw.export(result, tmp_path)[0]
     inputs, _ = next(iter(digits.evaluation()))

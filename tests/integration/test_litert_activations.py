@@ -24,6 +24,8 @@ from tests.integration.test_litert_operators import (
     Case,
     Draws,
     Operator,
+    check_many_more,
+    check_operator,
     first,
     function,
     last,
@@ -152,30 +154,13 @@ OPERATORS = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_code_differs_from_the_runtime_and_some_of_every_mutant_do(name, record_property):
-    operator = OPERATORS[name]
-    specs = [target(), *(target(clause) for clause in operator.mutants.values())]
-    total, differing = 0, np.zeros(len(specs), np.int64)
-    for kind in KINDS:
-        for seed in range(operator.count):
-            case = operator.draw(Draws(kind, seed))
-            differing += [int((found != case.expected).sum()) for found in results_of(case, specs)]
-            total += case.expected.size
-    mutants = dict(zip(operator.mutants, differing[1:].tolist(), strict=True))
-    record_property("codes", total)
-    record_property("mutants", mutants)
-    print(f"{name}: {differing[0]} of {total} codes differ; mutants {mutants}")
-    assert differing[0] == 0
-    assert all(mutants.values()), f"{total} codes do not tell these apart: {mutants}"
+    check_operator(name, OPERATORS[name], record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_code_differs_on_many_more_models(name):
-    operator, spec = OPERATORS[name], [target()]
-    for kind in KINDS:
-        for seed in range(1000, 1050):
-            case = operator.draw(Draws(kind, seed))
-            assert int((results_of(case, spec)[0] != case.expected).sum()) == 0, (kind, seed)
+    check_many_more(OPERATORS[name])
 
 
 def test_the_optimized_softmax_is_a_table_of_reals():

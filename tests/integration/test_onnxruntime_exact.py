@@ -29,6 +29,7 @@ from qhw.numerics import QParams, round_real
 from qhw.schema import Requantize
 from qhw_plugins.onnxruntime_executor import OnnxRuntime
 from tests import onnxruntime_support as support
+from tests.machine import has_vnni
 from tests.random_grids import SCALES, input_of, rescaled
 from tests.random_outcome import Mutant, Outcome, Rule, always, opposite
 from tests.random_pairs import every_pair, pairs
@@ -184,8 +185,7 @@ STEPS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _machine() -> None:
-    flags = set(OnnxRuntime().versions()["cpu"].split())
-    if not flags & {"avx512_vnni", "avx_vnni"}:
+    if not has_vnni():
         pytest.skip("cannot verify here: this machine has no VNNI")
 
 

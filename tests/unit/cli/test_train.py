@@ -16,20 +16,12 @@ Run = Callable[..., Any]
 TRAINED = ("--data", "net:labelled", "--epochs", "2", "--lr", "0.01", "--out", "out/trained")
 
 
+QUANTIZE = ("quantize", "net:model", "-t", "tiny.toml", "-c", "net:batches", "--pipeline", "ranges-ptq", "--out")
+
+
 @pytest.fixture
 def start(folder: Path, qhw_run: Run) -> Path:
-    ran = qhw_run(
-        "quantize",
-        "net:model",
-        "-t",
-        "tiny.toml",
-        "-c",
-        "net:batches",
-        "--out",
-        "out/start",
-        "--pipeline",
-        "ranges-ptq",
-    )
+    ran = qhw_run(*QUANTIZE, "out/start")
     assert ran.status == 0, ran.err
     return folder / "out/start"
 
@@ -93,30 +85,18 @@ def test_a_folder_that_is_no_result_is_named(folder: Path, qhw_run: Run) -> None
     assert ran.status == 1 and "is no result folder" in ran.err
 
 
-QUANTIZE = (
-    "quantize",
-    "net:model",
-    "-t",
-    "tiny.toml",
-    "-c",
-    "net:batches",
-    "--pipeline",
-    "ranges-ptq",
-    "--out",
-    "out/q",
-)
 EVALUATE = ("--evaluate", "net:labelled", "--metric", "net:share_of_zero")
 
 
 def test_a_loss_that_is_allowed_is_not_trained_away(folder: Path, qhw_run: Run) -> None:
-    ran = qhw_run(*QUANTIZE, *EVALUATE, "--train", "net:labelled", "--within", "100")
+    ran = qhw_run(*QUANTIZE, "out/q", *EVALUATE, "--train", "net:labelled", "--within", "100")
     assert ran.status == 0, ran.err
     assert not any(step.stage == "train" for step in qhw.load(folder / "out/q").plan.steps)
 
 
 def test_more_than_is_allowed_is_trained_with_its_reason(folder: Path, qhw_run: Run) -> None:
     # Nothing is within -200 points of the float model: it is trained whatever it loses.
-    ran = qhw_run(*QUANTIZE, *EVALUATE, "--train", "net:labelled", "--within", "-200", "--epochs", "1")
+    ran = qhw_run(*QUANTIZE, "out/q", *EVALUATE, "--train", "net:labelled", "--within", "-200", "--epochs", "1")
     assert ran.status == 0, ran.err
     steps = [step for step in qhw.load(folder / "out/q").plan.steps if step.stage == "train"]
     assert steps and all(step.verdict.reasons[0].subject == "evaluation.lost" for step in steps)
@@ -124,12 +104,12 @@ def test_more_than_is_allowed_is_trained_with_its_reason(folder: Path, qhw_run: 
 
 
 def test_more_than_is_allowed_is_said_where_there_is_nothing_to_train_on(folder: Path, qhw_run: Run) -> None:
-    ran = qhw_run(*QUANTIZE, *EVALUATE, "--within", "-200")
+    ran = qhw_run(*QUANTIZE, "out/q", *EVALUATE, "--within", "-200")
     assert ran.status == 0
     assert "more than -200 (--within)" in ran.err and "qhw train out/q --data DATA" in ran.err
 
 
 def test_what_is_lost_needs_a_score(folder: Path, qhw_run: Run) -> None:
-    ran = qhw_run(*QUANTIZE, "--within", "1")
+    ran = qhw_run(*QUANTIZE, "out/q", "--within", "1")
     assert ran.status == 1 and "Add --evaluate DATA" in ran.err
     assert not (folder / "out/q").exists()

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.machine import has_vnni
+
 Run = Callable[..., Any]
 
 EXACT = """
@@ -43,12 +45,6 @@ def exact(folder: Path, qhw_run: Run) -> Path:
     (folder / "exact.toml").write_text(EXACT)
     quantize(qhw_run, "exact.toml", "out/exact")
     return folder / "out/exact"
-
-
-def has_vnni() -> bool:
-    from qhw_plugins.onnxruntime_executor import OnnxRuntime
-
-    return bool({"avx512_vnni", "avx_vnni"} & set(OnnxRuntime().versions()["cpu"].split()))
 
 
 needs_vnni = pytest.mark.skipif(not has_vnni(), reason="the runtime's integer arithmetic needs VNNI")

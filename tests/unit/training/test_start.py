@@ -312,6 +312,28 @@ def test_a_batch_norm_is_taken_out_once_and_before_its_weight_gets_a_quantizer()
         TrainingForm(tensor, tensor.plan).keep_norm("0")
 
 
+def test_a_batch_norm_in_a_transposed_convolution_stays_there():
+    torch.manual_seed(0)
+    layers = nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)
+    result = quantized(randomize(nn.Sequential(*layers)))
+    form = TrainingForm(result, result.plan)
+    with pytest.raises(
+        TrainingError, match=r"^0: its batch norm cannot be taken out of ConvTranspose\. Leave it out\.$"
+    ):
+        form.fold_each_step("0")
+
+
+def test_a_step_whose_algorithm_is_not_installed_is_named():
+    result = quantized(pipeline="whitepaper-qat")
+    others = [step for step in result.plan.steps if step.stage != "train"]
+    gone = next(step for step in result.plan.steps if step.stage == "train").model_copy(update={"algorithm": "gone"})
+    result.plan = result.plan.model_copy(update={"steps": (*others, gone)})
+    with pytest.raises(
+        PlanError, match=r"^plan: step 'gone' has no algorithm here\. Install its plugin, or plan again\.$"
+    ):
+        qhw.trainable(result)
+
+
 def test_a_pipeline_that_does_not_say_how_it_trains_is_named():
     result = quantized()
     result.plan = result.plan.model_copy(update={"pipeline": "strange"})
