@@ -196,6 +196,7 @@ def _kinds(spec: TargetSpec, known: Collection[str] | None) -> Iterator[Remark]:
 
 
 def _unused(spec: TargetSpec) -> Iterator[Remark]:
+    """Entries of its own file that nothing refers to; those of a base cannot be taken out, and may serve others."""
     kernels = list(spec.kernels.values())
     edge = spec.boundary
     at_edge = [ids for ids in (edge.input_formats, edge.output_formats) if isinstance(ids, tuple)] if edge else []
@@ -209,8 +210,10 @@ def _unused(spec: TargetSpec) -> Iterator[Remark]:
     }
     for section, names in referred.items():
         by = "operator" if section == "kernels" else "kernel"
-        for name in getattr(spec, section):
-            if name not in names:
+        for name, entry in getattr(spec, section).items():
+            if name not in names and any(
+                ".".join((section, name, *map(str, leaf))) not in spec.inherited for leaf, _ in leaves(entry)
+            ):
                 yield "warning", (section, name), f"no {by} refers to it. Refer to it, or remove it."
 
 

@@ -224,3 +224,17 @@ def test_recorded_fields_are_those_marked_in_the_models() -> None:
         ("accumulators", "acc", "signed"),
         ("operators", "Gemm", "limits", "axis"),
     }
+
+
+def test_what_a_base_wrote_may_be_unused_in_a_child() -> None:
+    child = 'schema_version = 1\nname = "acme/child"\nextends = "acme/tiny"\n'
+    child += 'formats.w4 = { bits = 4, signed = true, zero_point = 0, per = "tensor" }\nkernels.mac.weight = ["w4"]\n'
+    base = parse_target(TINY)
+
+    def unused(text: str) -> list[str]:
+        found = lint(parse_target(text, find_base=lambda name: base if name == "acme/tiny" else None))
+        return [finding.path for finding in found if "refers to it" in finding.message]
+
+    assert unused(child) == []
+    assert unused(child.replace('["w4"]', '["w8"]')) == ["formats.w4"]
+    assert unused(child + "formats.w8.bits = 8\n") == ["formats.w8"]
