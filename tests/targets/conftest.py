@@ -13,7 +13,7 @@ from qhw.decisions import Overrides, QuantPlan, Resources
 from qhw.engine import select
 from qhw.extension import Registry, default_registry
 from qhw.graph import Graph, capture
-from qhw.schema import TargetSpec
+from qhw.schema import TargetSpec, load_target_file
 
 ROOT = Path(__file__).parents[2] / "targets" / "qhw_targets"
 
@@ -129,6 +129,12 @@ def graph_of(model: str) -> Graph:
     return capture(module().eval(), torch.randn(*shape))
 
 
+@cache
+def shipped_spec(file: Path) -> TargetSpec:
+    """A shipped target, read once."""
+    return load_target_file(file)
+
+
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     return default_registry()
@@ -137,6 +143,12 @@ def registry() -> Registry:
 @pytest.fixture(scope="session")
 def targets_root() -> Path:
     return ROOT
+
+
+@pytest.fixture
+def spec(file: Path) -> TargetSpec:
+    """The target of a test's `file`."""
+    return shipped_spec(file)
 
 
 @pytest.fixture(scope="session")
