@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from qhw.decisions import Pipeline, StepReport
-from qhw.extension.interfaces import Algorithm, Executor, Exporter, PluginInfo
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only in annotations, and `target list` does not wait for torch
     from torch import nn
 
-    from qhw.decisions import QuantPlan
+    from qhw.decisions import Pipeline, QuantPlan, StepReport
+    from qhw.extension.info import PluginInfo
+    from qhw.extension.interfaces import Algorithm, Executor, Exporter
     from qhw.schema import TargetSpec
 
 hookspec = pluggy.HookspecMarker("qhw")

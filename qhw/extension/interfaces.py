@@ -9,24 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey, counted
 
 if TYPE_CHECKING:
     from qhw.graph import Graph, Placement
     from qhw.schema import TargetSpec
-
-API_VERSION = 1
-
-
-class PluginInfo(BaseModel):
-    """What a plugin says about itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    api: int = Field(description="The plugin API it was written for; this qhw speaks 1.")
-    summary: str = Field(min_length=1, pattern=r"^[^\r\n]*$", description="One line for 'qhw plugin list'.")
 
 
 class AlgorithmOptions(BaseModel):

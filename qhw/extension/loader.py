@@ -10,15 +10,16 @@ from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qhw.decisions import Pipeline
 from qhw.errors import PluginError
-from qhw.extension.check import class_problem
-from qhw.extension.interfaces import Algorithm, Executor, Exporter
 from qhw.extension.plugin import Plugin, PluginRecord, adopt
 from qhw.extension.registry import Entry, Registry
 from qhw.extension.target_files import list_targets
+from qhw.extension.target_plugins import may_register
+
+if TYPE_CHECKING:
+    from qhw.decisions import Pipeline
 
 GROUP = "qhw"
 BLOCK_VARIABLE = "QHW_BLOCK"
@@ -55,6 +56,8 @@ def load_plugins(
         PluginError: a plugin cannot be imported, breaks a rule, raises, or is in conflict with another one. The
             message names plugin, distribution and version, and says how to go on without it.
     """
+    from qhw.extension.interfaces import Algorithm, Executor, Exporter
+
     blocked = _names(os.environ.get(BLOCK_VARIABLE, "") if block is None else block)
     candidates = _candidates(metadata.entry_points(group=GROUP) if entry_points is None else entry_points, extra)
     wanted = [candidate for candidate in candidates if candidate.record.name not in blocked]
@@ -71,6 +74,31 @@ def load_plugins(
         executors=_classes(plugins, "executor", Executor),
         unmatched_blocks=tuple(sorted(blocked - {candidate.record.name for candidate in candidates})),
         loaded=tuple(plugins),
+    )
+
+
+def load_target_plugins(
+    *, block: str | Iterable[str] | None = None, entry_points: Iterable[metadata.EntryPoint] | None = None
+) -> Registry:
+    """Import only the plugins that may bring targets, and collect these: no algorithm is imported, and no torch.
+
+    A plugin whose source cannot define the hook is left alone, faults and all; whatever is doubtful is imported.
+
+    Args:
+        block: As for `load_plugins`.
+        entry_points: As for `load_plugins`.
+
+    Raises:
+        PluginError: as for `load_plugins`, of the plugins that are imported.
+    """
+    blocked = _names(os.environ.get(BLOCK_VARIABLE, "") if block is None else block)
+    points = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    able = [point for point in points if point.name not in blocked and may_register(point, "qhw_register_targets")]
+    candidates = _candidates(able, ())
+    _refuse_same_name(candidates)
+    plugins = _adopt_all(candidates)
+    return Registry(
+        plugins=tuple(plugin.record for plugin in plugins), targets=_targets(plugins), loaded=tuple(plugins)
     )
 
 
@@ -191,6 +219,8 @@ def _targets(plugins: list[Plugin]) -> Mapping[str, Entry[Path]]:
 
 
 def _classes(plugins: list[Plugin], kind: str, interface: ABCMeta) -> Mapping[str, Entry[Any]]:
+    from qhw.extension.check import class_problem
+
     entries: list[Entry[Any]] = []
     for record, candidate in _answers(plugins, f"qhw_register_{kind}s"):
         problem = class_problem(candidate, interface)
@@ -200,7 +230,9 @@ def _classes(plugins: list[Plugin], kind: str, interface: ABCMeta) -> Mapping[st
     return _unique(kind, entries)
 
 
-def _pipelines(plugins: list[Plugin]) -> Mapping[str, Entry[Pipeline]]:
+def _pipelines(plugins: list[Plugin]) -> "Mapping[str, Entry[Pipeline]]":
+    from qhw.decisions import Pipeline
+
     entries = []
     for record, pipeline in _answers(plugins, "qhw_register_pipelines"):
         if not isinstance(pipeline, Pipeline):

@@ -14,7 +14,7 @@ import pluggy
 
 from qhw.errors import PluginError
 from qhw.extension import hookspecs
-from qhw.extension.interfaces import API_VERSION, PluginInfo
+from qhw.extension.info import API_VERSION, PluginInfo
 from qhw.extension.names import nearest
 
 HOOKS: dict[str, tuple[str, ...]] = {

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the loaded plugins bring, by name. Frozen: built once by the loader."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from qhw.decisions import Pipeline
 from qhw.errors import PluginError, TargetError
-from qhw.extension.interfaces import Algorithm, Executor, Exporter
 from qhw.extension.names import unknown_name
 from qhw.extension.plugin import Plugin, PluginRecord
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from qhw.decisions import QuantPlan, StepReport
+    from qhw.decisions import Pipeline, QuantPlan, StepReport
+    from qhw.extension.interfaces import Algorithm, Executor, Exporter
     from qhw.schema import TargetSpec
 
 T_co = TypeVar("T_co", covariant=True)
@@ -129,7 +130,7 @@ class Registry:
         brought = {kind: tuple(n for n, e in entries.items() if e.plugin == plugin) for kind, entries in kinds.items()}
         return {kind: names for kind, names in brought.items() if names}
 
-    def plan_ready(self, plan: "QuantPlan", target: "TargetSpec") -> None:
+    def plan_ready(self, plan: QuantPlan, target: TargetSpec) -> None:
         """Tell every plugin that a plan was made, in order of plugin name.
 
         Raises:
@@ -137,7 +138,7 @@ class Registry:
         """
         self._notify("qhw_plan_ready", plan=plan, target=target)
 
-    def quantized(self, model: "nn.Module", plan: "QuantPlan", report: "tuple[StepReport, ...]") -> None:
+    def quantized(self, model: nn.Module, plan: QuantPlan, report: tuple[StepReport, ...]) -> None:
         """Tell every plugin that a model was quantized, in order of plugin name.
 
         Raises:

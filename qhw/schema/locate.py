@@ -27,22 +27,30 @@ class Lines:
         self._line = 1
         self._found: dict[Path, int] = {}
         self._array_tables: dict[Path, int] = {}
-        # What was found before a place that cannot be read stands; the rest has no line.
-        with contextlib.suppress(IndexError, RecursionError, ValueError):
-            self._document()
-        self._text = ""
+        self._is_read = False
 
     def of(self, path: Path) -> int | None:
         """Line of a path; None where the text does not write it."""
-        return self._found.get(path)
+        return self._lines().get(path)
 
     def nearest(self, path: Path) -> tuple[int, int | None]:
         """How much of a path the text writes, and the line of that part."""
+        found = self._lines()
         for count in range(len(path), 0, -1):
-            line = self._found.get(path[:count])
+            line = found.get(path[:count])
             if line is not None:
                 return count, line
         return 0, None
+
+    def _lines(self) -> dict[Path, int]:
+        """All lines, looked for at the first question: most files are never asked about."""
+        if not self._is_read:
+            self._is_read = True
+            # What was found before a place that cannot be read stands; the rest has no line.
+            with contextlib.suppress(IndexError, RecursionError, ValueError):
+                self._document()
+            self._text = ""
+        return self._found
 
     def _document(self) -> None:
         table: Path = ()
