@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from qhw.schema.kinds import OPERATOR_KINDS, STAND_INS
+
 __all__ = ["ATEN_KINDS", "FALLBACK_KINDS", "KNOWN_KINDS", "MODULE_KINDS", "MOVEMENT_KINDS", "VIEW_KINDS", "KindRule"]
 
 
@@ -151,22 +153,8 @@ MOVEMENT_KINDS = frozenset(
 )
 """Kinds that move values without changing them; a target must list them to run them."""
 
-FALLBACK_KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "DepthwiseConv": ("Conv",),
-        "GlobalAveragePool": ("ReduceMean", "AveragePool"),
-        "GlobalMaxPool": ("ReduceMax", "MaxPool"),
-    }
-)
+FALLBACK_KINDS = STAND_INS
 """A special case runs as the general kind where the target does not list the special one."""
 
-KNOWN_KINDS: tuple[str, ...] = tuple(
-    sorted(
-        {rule.kind for rule in ATEN_KINDS.values()}
-        | set(MODULE_KINDS.values())
-        | set(FALLBACK_KINDS)
-        # Kinds that targets list although no single ATen operator becomes one of them.
-        | {"ArgMax", "Gru", "L2Normalization", "Lstm", "ReduceProd", "Sort", "TopK"}
-    )
-)
+KNOWN_KINDS = OPERATOR_KINDS
 """All kinds that a target may list."""
