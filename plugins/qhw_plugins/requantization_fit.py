@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qhw.decisions import Json, Reason, Resources, Site, Step, StepReport, Survey, Verdict, listed
-from qhw.engine import weight_scale_floor
+from qhw.engine import is_bounded_bias, weight_scale_floor
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, OperatorPlacement, Placement, QuantPoint, accumulator_width
@@ -105,7 +105,7 @@ def _verdict(placement: OperatorPlacement, bias: str | None, target: TargetSpec)
     if isinstance(bounds, tuple):
         rule = "{value} bounds on sums of exponents are kept"
         taken.append(Reason(subject=f"kernels.{kernel}.exponents", value=len(bounds), rule=rule))
-    if bias is not None and target.biases[bias].scale != "own":
+    if bias is not None and is_bounded_bias(target.biases[bias]):
         bits = target.biases[bias].bits
         taken.append(Reason(subject=f"biases.{bias}.bits", value=bits, rule="biases are proven to fit {value} bits"))
     if taken:

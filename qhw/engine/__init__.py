@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deciding and doing: selection (pure), the runner, and the quantized model it makes."""
 
-from qhw.engine.bias import weight_scale_floor
+from qhw.engine.bias import is_bounded_bias, weight_scale_floor
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import MICRO_BATCH, Calibration, CalibrationData, has_labels
 from qhw.engine.evaluate import Agreement, Metric, Runner, Score, agreement, evaluate, labelled_batches, top1
@@ -47,6 +47,7 @@ __all__ = [
     "has_labels",
     "improve_layers",
     "insert_modules",
+    "is_bounded_bias",
     "is_result_folder",
     "labelled_batches",
     "layers",

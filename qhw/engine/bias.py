@@ -12,9 +12,9 @@ from qhw.errors import PlanError, RangeError
 from qhw.graph import QuantPoint
 from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, legal_scale
 from qhw.numerics.grid import SMALLEST_SCALE
-from qhw.schema import Bias
+from qhw.schema import Bias, Shift
 
-__all__ = ["bias_qparams", "weight_scale_floor"]
+__all__ = ["bias_qparams", "is_bounded_bias", "weight_scale_floor"]
 
 _log = logging.getLogger("qhw")
 
@@ -25,7 +25,8 @@ def bias_qparams(work: Work) -> dict[str, QParams]:
         scale = float32(input scale * weight scale), zero point 0      (Nagel et al. 2021, section 2.1)
 
     A bias scale of its own is the finest that covers the bias, for the tensor or for each channel (`biases.*.per`);
-    where a shift brings it to the sum (`align`), 2^k float32(input scale * weight scale) with the smallest k >= 0.
+    where a shift brings it to the sum (`align`), 2^k float32(input scale * weight scale) with the smallest k >= 0 that
+    `biases.*.shift` allows.
 
     A bias that would leave its width, as that of a dead channel with weights near 0, does what `out_of_range` says.
     "enlarge_scale", or nothing stated: its weights get the smallest legal scale with which it fits (a channel's own,
@@ -45,8 +46,21 @@ def bias_qparams(work: Work) -> dict[str, QParams]:
     return {point.group: _qparams(work, point, work.target.biases[point.format]) for point in points}
 
 
+def is_bounded_bias(rule: Bias) -> bool:
+    """Whether a bias may be too large for its scale: that of the sum, or one that shifts bring no further from it."""
+    return rule.scale != "own" or _left_shifts(rule)[1] is not None
+
+
 def _grows(rule: Bias) -> bool:
-    return rule.scale != "own" and rule.out_of_range in (None, "unknown", "enlarge_scale")
+    return is_bounded_bias(rule) and rule.out_of_range in (None, "unknown", "enlarge_scale")
+
+
+def _left_shifts(rule: Bias) -> tuple[int, int | None]:
+    """Fewest and most bits by which a bias of its own scale is shifted left; None: as many as it takes."""
+    if rule.align != "shift" or rule.applied == "after_multiplier" or not isinstance(rule.shift, Shift):
+        return 0, None
+    least, most = rule.shift.max, rule.shift.min
+    return -least if isinstance(least, int) else 0, -most if isinstance(most, int) else None
 
 
 def _limits(rule: Bias) -> tuple[int, int]:
@@ -58,24 +72,27 @@ def _limits(rule: Bias) -> tuple[int, int]:
 def weight_scale_floor(work: Work, point: QuantPoint) -> Tensor | None:
     """The smallest scales of an operator's weights with which its bias fits its width.
 
-        scale >= |bias| / (2^(bits - 1) - 1) / input scale
+        scale >= |bias| / (2^(bits - 1) - 1) / input scale / 2^k
+
+    with k the most bits by which a bias of its own scale may be shifted left, else 0.
 
     Args:
         work: Inputs and weights have their scales.
         point: A bias point.
 
     Returns:
-        float64, one for each scale of the weight; None for a bias on a scale of its own, and where weights have a scale
-        per group of inputs.
+        float64, one for each scale of the weight; None for a bias whose own scale is not bounded, and where weights
+        have a scale per group of inputs.
 
     Raises:
         RangeError: the bias holds NaN or infinite values.
     """
     rule = work.target.biases[point.format]
     scale = work.qparams[_weight_group(work, point)].scale
-    if rule.scale == "own" or isinstance(work.qparams[_weight_group(work, point)].granularity, PerGroup):
+    if not is_bounded_bias(rule) or isinstance(work.qparams[_weight_group(work, point)].granularity, PerGroup):
         return None
-    unit = work.qparams[work.input_group(point.operator)].scale.double()
+    most = _left_shifts(rule)[1] or 0 if rule.scale == "own" else 0
+    unit = work.qparams[work.input_group(point.operator)].scale.double() * 2.0**most
     # A float32 product of two scales may lie half an ulp below the real one.
     floor = _bias(work, point).abs() / _limits(rule)[1] / unit * (1 + 2.0**-20)
     if not scale.dim():
@@ -118,12 +135,11 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
     bias = _bias(work, point)
     if rule.scale == "own":
         scale = _own_scale(work, point, rule, bias, high)
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        return QParams(scale, zero_point, low, high, PerAxis(0) if scale.dim() else PerTensor())
-    scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
-    _check_unit(point, scale)
-    scale = scale.clamp(min=SMALLEST_SCALE)
-    over = int(((bias / scale.double()).abs() > high).sum())
+    else:
+        scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
+        _check_unit(point, scale)
+        scale = scale.clamp(min=SMALLEST_SCALE)
+    over = int(((bias / scale.double()).abs() > high).sum()) if is_bounded_bias(rule) else 0
     if over and rule.out_of_range == "saturate":
         _log.warning(
             "%s: %d biases do not fit biases.%s.bits = %s and are clamped.", point.name, over, point.format, rule.bits
@@ -142,7 +158,8 @@ def _own_scale(work: Work, point: QuantPoint, rule: Bias, bias: Tensor, high: in
     unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
     unit = unit.expand(len(bias)) if rule.per == "out_channel" else unit.amax()
     mantissa, exponent = torch.frexp(smallest / unit.double())
-    shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(min=0)
+    least, most = _left_shifts(rule)
+    shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(least, most)
     return torch.ldexp(unit, shift)
 
 
@@ -156,11 +173,14 @@ def _check_unit(point: QuantPoint, scale: Tensor) -> None:
 
 def _too_large(point: QuantPoint, rule: Bias, worst: float) -> PlanError:
     needed = int(worst).bit_length() + 1
+    most = _left_shifts(rule)[1]
+    shifted = "" if not most else f" times 2^{most}"
     stated = (
         "" if rule.out_of_range in (None, "unknown", "enlarge_scale") else f', out_of_range = "{rule.out_of_range}"'
     )
     return PlanError(
-        f"{point.name}: needs {needed} bits at scale input*weight; biases.{point.format} has {rule.bits}{stated}. "
+        f"{point.name}: needs {needed} bits at scale input*weight{shifted}; biases.{point.format} has "
+        f"{rule.bits}{stated}. "
         f"Let a fit step coarsen its weights, or keep '{point.operator}' in float with --keep-float."
     )
 

@@ -15,6 +15,18 @@ ShiftCount = Annotated[int, Field(ge=-128, le=128), Says("an integer from -128 t
 Overflow = Literal["wrap", "saturate", "exact"]
 
 
+class Shift(Table):
+    """Bounds of a right shift, inclusive; negative shifts left."""
+
+    min: ShiftCount | Unknown | None = used("Smallest right shift.")
+    max: ShiftCount | Unknown | None = used("Largest right shift.")
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
+            yield Problem(("min",), f"min must not exceed max; got {self.min} and {self.max}. Swap them.")
+
+
 class Bias(Table):
     """How a bias is stored and added."""
 
@@ -35,6 +47,10 @@ class Bias(Table):
         "How a bias of its own scale meets what it is added to: shifted left, so that its scale is that of the sum "
         "times a power of two."
     )
+    shift: Shift | Unknown | None = used(
+        "Legal right shifts of a bias on its way there; left by 7 alone is { min = -7, max = -7 }. One that needs a "
+        "longer one does not fit. Absent: any shift left."
+    )
     max_channels: Count | Unknown | None = recorded("Most output channels an operator with a bias may have.")
     required: bool | Unknown | None = recorded("True: an operator without a bias gets one of zeros.")
     storage_bits: tuple[Width, ...] | Unknown | None = recorded(
@@ -45,6 +61,13 @@ class Bias(Table):
         "weights a coarser scale; `wrap` and `refuse` are an error. Absent: as `enlarge_scale`."
     )
     rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
+
+    def rules(self) -> Iterator[Problem]:
+        """A bias is shifted left, and only one of a scale of its own."""
+        if self.shift is not None and (self.scale != "own" or self.align != "shift"):
+            yield Problem(("shift",), 'needs scale = "own" and align = "shift". Remove it, or state both.')
+        if isinstance(self.shift, Shift) and isinstance(self.shift.max, int) and self.shift.max > 0:
+            yield Problem(("shift", "max"), f"must be at most 0, as a bias is shifted left; got {self.shift.max}.")
 
 
 class Pairwise(Table):
@@ -89,18 +112,6 @@ class Accumulator(Table):
     promotion_interval: Count | Unknown | None = recorded(
         "Products summed before the partial sum moves into a wider accumulator."
     )
-
-
-class Shift(Table):
-    """Bounds of a right shift, inclusive; negative shifts left."""
-
-    min: ShiftCount | Unknown | None = used("Smallest right shift.")
-    max: ShiftCount | Unknown | None = used("Largest right shift.")
-
-    def rules(self) -> Iterator[Problem]:
-        """Bounds in order."""
-        if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
-            yield Problem(("min",), f"min must not exceed max; got {self.min} and {self.max}. Swap them.")
 
 
 class Ratio(Table):

@@ -22,6 +22,7 @@ MODELS: tuple[tuple[str, type[Table]], ...] = (
     ("`formats.<id>.scale`", Scale),
     ("`formats.<id>.palette`", Palette),
     ("`biases.<id>`", Bias),
+    ("`biases.<id>.shift`", Shift),
     ("`accumulators.<id>`", Accumulator),
     ("`accumulators.<id>.pairwise`", Pairwise),
     ("`requantize.<id>`", Requantize),

@@ -146,3 +146,42 @@ def test_a_bias_of_its_own_scale_meets_the_sum_by_a_shift(
         assert abs(Fraction(real)) <= 127 * own
         if per_channel and ratio > 1:
             assert abs(Fraction(real)) > 127 * own / 2  # half as coarse would not do
+
+
+SHIFTED = 'bits = 8, scale = "own", align = "shift", shift = { min = -7, max = -7 }'
+
+
+def ratio_to_the_sum(result: Any) -> list[Fraction]:
+    """Scale of the bias over input scale times weight scale, channel by channel."""
+    found = result.encodings()
+    group = next(p.group for p in result.plan.points if p.role == "input")
+    unit = fraction((found[group].scale * found["0.weight"].scale).expand(3))
+    return [own / one for own, one in zip(fraction(found["0.bias"].scale.expand(3)), unit, strict=True)]
+
+
+@pytest.mark.parametrize("bias", [[0.0, 0.0, 0.0], [0.01, -0.02, 0.0], [0.5, -0.25, 0.1], [40.0, -3.0, 0.0]])
+def test_a_bias_is_shifted_no_other_way_than_the_target_can(
+    bias: list[float], images: Tensor, quantize: Quantize, target_with: Callable[..., TargetSpec]
+) -> None:
+    result = quantize(layer(bias), images[:32], spec(target_with, SHIFTED, "tensor"))
+    assert ratio_to_the_sum(result) == [128, 128, 128]
+    free = quantize(layer(bias), images[:32], spec(target_with, SHIFTED.split(", shift")[0], "tensor"))
+    codes, scale = result.codes(result.plan.point("0.bias")), float(result.encodings()["0.bias"].scale)
+    assert codes.tolist() == [round(value / scale) for value in bias]
+    before, after = (float(r.encodings()["0.weight"].scale) for r in (free, result))
+    assert after == before if max(map(abs, bias)) < 1 else after > 10 * before  # 127 * 128 units hold no 40
+    assert max(map(abs, codes.tolist())) <= 127
+
+
+def test_a_bias_past_the_longest_shift_does_what_the_target_says(
+    images: Tensor, quantize: Quantize, target_with: Callable[..., TargetSpec], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = layer([40.0, -0.1, 0.0])
+    clamped = quantize(model, images[:32], spec(target_with, f'{SHIFTED}, out_of_range = "saturate"', "tensor"))
+    assert clamped.codes(clamped.plan.point("0.bias")).tolist()[0] == 127
+    assert "0.bias: 1 biases do not fit biases.b.bits = 8 and are clamped." in caplog.text
+    message = (
+        r"^0\.bias: needs 1\d bits at scale input\*weight times 2\^7; biases\.b has 8, out_of_range = \"refuse\"\."
+    )
+    with pytest.raises(PlanError, match=message):
+        quantize(model, images[:32], spec(target_with, f'{SHIFTED}, out_of_range = "refuse"', "tensor"))

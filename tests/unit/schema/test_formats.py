@@ -115,6 +115,8 @@ def test_unknown_fields_are_named_with_their_path() -> None:
         (Scale, {"kind": "enumerated", "values": ()}, 'kind = "enumerated" needs one value or more, each once'),
         (Scale, {"kind": "fixed", "values": (1.0,), "min": 2.0}, r"values: 1\.0 lies outside \[min, max\]"),
         (Shift, {"min": 2, "max": 1}, "min: min must not exceed max; got 2 and 1"),
+        (Bias, {"scale": "own", "shift": {"max": 0}}, 'shift: needs scale = "own" and align = "shift"'),
+        (Bias, {"scale": "own", "align": "shift", "shift": {"max": 1}}, "shift.max: must be at most 0, as a bias is"),
         (Requantize, {"kind": "shift", "multiplier_bits": 8}, 'multiplier_bits: kind = "shift" has no multiplier'),
         (Requantize, {"selectable": ("floor",)}, 'selectable: needs rounding = "selectable"'),
         (ExponentBound, {"terms": {"input": 0}, "min": 0}, "terms: needs tensors with a factor that is not 0"),
