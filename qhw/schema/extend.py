@@ -40,6 +40,8 @@ def merge_target(base: Data, child: Data) -> Data:
         {key: value for key, value in base.items() if key not in NOT_INHERITED},
         {key: value for key, value in child.items() if key not in ("extends", "lineage", "inherited")},
     )
+    # Tables of claims are exchanged below, in copies: base and child stay as they are.
+    result = {key: dict(value) if key in KEYED and isinstance(value, dict) else value for key, value in result.items()}
     inherited: Data = {}
     for where, table in list(claim_tables(result)):
         own = set(leaf_paths(claims(where, _at(child, where))))
@@ -71,8 +73,10 @@ def _with_source(result: Data, where: tuple[str, ...], table: Data, sources: Dat
     if not where:
         return {**{key: result[key] for key in bare}, **({"source": kept} if kept else {})}
     if len(where) == 1:
-        return {**result, where[0]: done}
-    return {**result, where[0]: {**result[where[0]], where[1]: done}}
+        result[where[0]] = done
+    else:
+        result[where[0]][where[1]] = done
+    return result
 
 
 def _at(data: Data, where: tuple[str, ...]) -> Data:

@@ -4,8 +4,9 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
+from pathlib import PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from qhw.errors import TargetError
 from qhw.schema.base import Path, Problem
 from qhw.schema.extend import merge_target
 from qhw.schema.locate import Lines
-from qhw.schema.messages import problems_of, shown
+from qhw.schema.messages import MAX_ERRORS, one_line, problems_of, shown
 from qhw.schema.migrate import migrate
 from qhw.schema.provenance import normalise
 from qhw.schema.read import MAX_BYTES, decode, dotted, parse
@@ -32,13 +33,18 @@ FindBase = Callable[[str], "FilePath | TargetSpec | Mapping[str, Any] | None"]
 
 @dataclass(frozen=True)
 class Layer:
-    """One file of a chain: what messages call it, what identifies it, its data, its lines, and its folder."""
+    """One file of a chain: what messages call it, what identifies it, its data, its lines, and its folder.
+
+    `within` is the folder that relative paths in `extends` stay in: the one above that of the chain's first file, since
+    targets lie at <vendor>/<chip>.toml.
+    """
 
     label: str
     identity: str
     data: dict[str, Any]
     lines: Lines | None
     folder: FilePath | None
+    within: FilePath | None = None
 
 
 @dataclass(frozen=True)
@@ -97,10 +103,14 @@ def parse_target(
     Raises:
         TargetError: the text does not describe a target.
     """
-    return _resolve(_text_layer(text, name_of_file, identity=f"text {name_of_file}", folder=folder), find_base).spec
+    return _resolve(
+        _text_layer(text, one_line(name_of_file), identity=f"text {name_of_file}", folder=folder), find_base
+    ).spec
 
 
-def _text_layer(text: str, label: str, *, identity: str, folder: FilePath | None) -> Layer:
+def _text_layer(
+    text: str, label: str, *, identity: str, folder: FilePath | None, within: FilePath | None = None
+) -> Layer:
     try:
         raw = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -108,10 +118,11 @@ def _text_layer(text: str, label: str, *, identity: str, folder: FilePath | None
     decode(raw, label)
     is_json = label.endswith(".json")
     data = parse(text, label, is_json=is_json)
-    return Layer(label, identity, data, None if is_json else Lines(text), folder)
+    return Layer(label, identity, data, None if is_json else Lines(text), folder, within)
 
 
-def _read_layer(path: FilePath, label: str) -> Layer:
+def _read_layer(path: FilePath, label: str, within: FilePath | None = None) -> Layer:
+    label = one_line(label)
     if path.suffix not in (".toml", ".json"):
         raise TargetError(f"{label}: must end in .toml or .json; got '{path.suffix}'. Rename it.")
     try:
@@ -120,12 +131,13 @@ def _read_layer(path: FilePath, label: str) -> Layer:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         identity = os.fspath(path.resolve())
+        root = path.parent.resolve().parent if within is None else within
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = one_line(getattr(error, "strerror", None) or str(error))
         raise TargetError(f"{label}: cannot be read: {reason}. Check the path.") from error
     if len(raw) > MAX_BYTES:
         raise TargetError(f"{label}: must be at most {MAX_BYTES} bytes. A target is text written by people.")
-    return _text_layer(decode(raw, label), label, identity=identity, folder=path.parent)
+    return _text_layer(decode(raw, label), label, identity=identity, folder=path.parent, within=root)
 
 
 def _resolve(first: Layer, find_base: FindBase | None) -> LoadedTarget:
@@ -157,7 +169,7 @@ def _current(layer: Layer) -> Layer:
     data = migrate(layer.data)
     if isinstance(data, Problem):
         raise TargetError(_line(Located((layer,)).place(data.path), data))
-    return Layer(layer.label, layer.identity, data, layer.lines, layer.folder)
+    return replace(layer, data=data)
 
 
 def _base_of(chain: list[Layer], find_base: FindBase | None) -> Layer | None:
@@ -180,49 +192,72 @@ def _base_of(chain: list[Layer], find_base: FindBase | None) -> Layer | None:
     name = found.data.get("name")
     if isinstance(name, str) and any(name == item.data.get("name") for item in chain):
         raise TargetError(
-            f"{where}  extends: '{base}' has the name of the target that extends it, '{name}'. Rename one."
+            f"{where}  extends: {_quoted(base)} has the name of the target that extends it, {_quoted(name)}. "
+            "Rename one."
         )
     return found
 
 
 def _relative_base(base: str, layer: Layer, where: str) -> Layer:
-    if FilePath(base).is_absolute() or "\\" in base:
+    if FilePath(base).is_absolute() or "\\" in base or PureWindowsPath(base).drive:
         raise TargetError(
             f"{where}  extends: a path must be relative to its file, with / between folders; got {shown(base)}."
         )
     if layer.folder is None:
         raise TargetError(
-            f"{where}  extends: '{base}' is relative, and this text has no folder. Extend a target by its name."
+            f"{where}  extends: {_quoted(base)} is relative, and this text has no folder. Extend a target by its name."
         )
     path = layer.folder / base
+    within = layer.folder.resolve().parent if layer.within is None else layer.within
+    _check_inside(path, within, base, where)
     try:
-        return _read_layer(path, str(path))
+        return _read_layer(path, str(path), within)
     except TargetError as error:
         if path.is_file():
             raise
-        raise TargetError(f"{where}  extends: '{base}' cannot be read. {error}") from error
+        raise TargetError(f"{where}  extends: {_quoted(base)} cannot be read. {error}") from error
+
+
+def _check_inside(path: FilePath, within: FilePath, base: str, where: str) -> None:
+    """A file that came from elsewhere must not make this machine read its other files."""
+    try:
+        is_inside = path.resolve().is_relative_to(within)
+    except (OSError, ValueError, RuntimeError):
+        is_inside = True  # reading it says what is wrong
+    if not is_inside:
+        raise TargetError(
+            f"{where}  extends: must stay in the targets folder, {one_line(str(within))}; {_quoted(base)} leads out of "
+            "it. Copy that file into the folder, or extend a target by its name."
+        )
 
 
 def _named_base(base: str, where: str, find_base: FindBase | None) -> Layer:
     if find_base is None:
         raise TargetError(
-            f"{where}  extends: the target '{base}' is unknown here. Give a relative path that ends in .toml."
+            f"{where}  extends: the target {_quoted(base)} is unknown here. Give a relative path that ends in .toml."
         )
     try:
         found = find_base(base)
     except TargetError as error:
-        raise TargetError(f"{where}  extends: {error}") from error
+        raise TargetError(f"{where}  extends: {one_line(str(error))}") from error
     if found is None:
         raise TargetError(
-            f"{where}  extends: the target '{base}' is unknown. Correct the name, or give a relative path."
+            f"{where}  extends: the target {_quoted(base)} is unknown. Correct the name, or give a relative path."
         )
     if isinstance(found, FilePath):
         return _read_layer(found, str(found))
     try:
         text = json.dumps(plain_data(found) if isinstance(found, TargetSpec) else dict(found))
     except (TypeError, ValueError, RecursionError) as error:
-        raise TargetError(f"{base}: must be data that JSON can hold: {error}. Correct what registers it.") from error
-    return Layer(base, f"target {base}", parse(text, base, is_json=True), None, None)
+        raise TargetError(
+            f"{one_line(base, 60)}: must be data that JSON can hold: {error}. Correct what registers it."
+        ) from error
+    label = one_line(base, 100)
+    return Layer(label, f"target {base}", parse(text, label, is_json=True), None, None)
+
+
+def _quoted(text: str) -> str:
+    return f"'{one_line(text, 60)}'"
 
 
 def _depth(data: Any, path: Path) -> int:
@@ -234,7 +269,8 @@ def _depth(data: Any, path: Path) -> int:
 
 
 def _line(place: str, problem: Problem) -> str:
-    return f"{place}  {dotted(problem.path)}: {problem.text}" if problem.path else f"{place}: {problem.text}"
+    text = f"{place}  {dotted(problem.path)}: {problem.text}" if problem.path else f"{place}: {problem.text}"
+    return one_line(text)
 
 
 def _listed(problems: Iterable[tuple[str, Problem]]) -> str:
@@ -242,4 +278,5 @@ def _listed(problems: Iterable[tuple[str, Problem]]) -> str:
     if len(lines) == 1:
         return lines[0]
     more = [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-    return "\n".join([*lines[:MAX_PROBLEMS], *more, f"{len(lines)} problems."])
+    least = "At least " if len(lines) >= MAX_ERRORS else ""
+    return "\n".join([*lines[:MAX_PROBLEMS], *more, f"{least}{len(lines)} problems."])

@@ -11,15 +11,34 @@ from pydantic.fields import FieldInfo
 from qhw.schema.base import Path, Problem, Says
 from qhw.schema.closest import closest
 
-__all__ = ["describe", "field_type", "members", "problems_of", "shown"]
+__all__ = ["MAX_ERRORS", "describe", "field_type", "members", "one_line", "problems_of", "shown"]
+
+MAX_ERRORS = 1000  # a file with more is broken as a whole; words for each would take minutes
 
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
+def one_line(text: str, most: int = 4000) -> str:
+    """Text of a file as one printable line: what is no printable character is escaped, what is too long is cut.
+
+    Example:
+        >>> one_line("a\\nb")
+        'a\\\\nb'
+    """
+    if len(text) > most:
+        text = text[: most - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> tuple[Problem, ...]:
-    """Each problem of a failed validation once, the most exact path first where a field may be of several kinds."""
+    """Each problem of a failed validation once, the most exact path first where a field may be of several kinds.
+
+    Of many errors only the first 1,000 are read.
+    """
     found: dict[Path, Problem] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False, include_input=False)[:MAX_ERRORS]:
         if item["type"] == "qhw_rules":
             base = _path_in(item["loc"], data)
             for problem in item["ctx"]["problems"]:
@@ -37,10 +56,8 @@ def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> tu
             found.setdefault(path, Problem(path, _bad_key(model, path)))
         else:
             found.setdefault(path, Problem(path, _bad_value(model, path, data)))
-    deepest = [
-        path for path in found if not any(len(other) > len(path) and other[: len(path)] == path for other in found)
-    ]
-    return tuple(found[path] for path in deepest)
+    above = {path[:count] for path in found for count in range(len(path))}
+    return tuple(problem for path, problem in found.items() if path not in above)
 
 
 def describe(annotation: Any) -> str:
@@ -54,7 +71,7 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif isinstance(value, str):
-        text = '"' + value.encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
+        text = '"' + value[:100].encode("unicode_escape").decode("ascii").replace('"', '\\"') + '"'
     elif isinstance(value, dict):
         text = "a table" if value else "an empty table"
     elif isinstance(value, list):

@@ -105,10 +105,11 @@ def _check_keys(
     if not isinstance(source, dict):
         return
     whole = {".".join(path[:count]) for path in leaf_paths(table) for count in range(1, len(path) + 1)}
+    names = sorted(whole)[:200]
     for key in source:
         if key != "*" and key not in whole:
-            near = closest(key, sorted(whole))
-            text = f"'{key}' is not a field this table sets, so it has nothing to source."
+            near = closest(key, names)
+            text = f"'{key[:60]}' is not a field this table sets, so it has nothing to source."
             fix = f" Closest: {near}." if near else " State the field beside its source."
             problems.append(Problem((*where, *nested, "source", key), text + fix))
 

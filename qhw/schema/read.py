@@ -5,16 +5,25 @@ import json
 import math
 import re
 import tomllib
+from collections import Counter
 from typing import Any
 
 from qhw.errors import TargetError
 from qhw.schema.base import Path, Problem
 from qhw.schema.locate import Lines
+from qhw.schema.messages import one_line
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "decode", "dotted", "parse"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "MAX_VALUES", "decode", "dotted", "parse"]
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
+MAX_VALUES = 20_000  # some ten times as many as the largest description of an accelerator has
+# A key of more parts than that: tomllib's time grows with the square of their number (60,000: minutes).
+DEEP_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*+\.[ \t]*+){%d}""".replace(
+        "%d", str(MAX_DEPTH)
+    )
+)
 TOML_PLACE = re.compile(r" ?\(at line (\d+), column (\d+)\)$")
 
 
@@ -39,6 +48,10 @@ def decode(raw: bytes, label: str) -> str:
 
 def parse(text: str, label: str, *, is_json: bool) -> dict[str, Any]:
     """The table a text holds, with every value one that the schema can hold."""
+    deep = None if is_json else DEEP_KEY.search(text)
+    if deep is not None:
+        line = text.count("\n", 0, deep.start()) + 1
+        raise TargetError(f"{label}:{line}: nests deeper than {MAX_DEPTH} tables or lists. Flatten it.")
     try:
         data = (
             json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant) if is_json else tomllib.loads(text)
@@ -53,20 +66,22 @@ def parse(text: str, label: str, *, is_json: bool) -> dict[str, Any]:
         raise TargetError(f"{label}: must hold one table; got {type(data).__name__}.")
     wrong = _first_wrong_value(data)
     if wrong is not None:
-        line = None if is_json else Lines(text).nearest(wrong.path)[1]
+        line = Lines(text).nearest(wrong.path)[1] if wrong.path and not is_json else None
         place = label if line is None else f"{label}:{line}"
-        raise TargetError(f"{place}  {dotted(wrong.path)}: {wrong.text}")
+        raise TargetError(f"{place}  {dotted(wrong.path)}: {wrong.text}" if wrong.path else f"{place}: {wrong.text}")
     return {key: _without_nulls(held) for key, held in data.items() if held is not None}
 
 
 def dotted(path: Path) -> str:
-    """A path as text: `formats.w8.codes.1`."""
-    return ".".join(map(str, path))
+    """A path as text: `formats.w8.codes.1`. A part that is no name is cut to 60 characters."""
+    return one_line(".".join(one_line(str(part), 64) for part in path[:8]))
 
 
 def _syntax_message(label: str, error: ValueError, *, is_json: bool) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()))
     kind = "JSON" if is_json else "TOML"
+    if text.startswith("Exceeds the limit"):  # Python's own, on the digits of an integer
+        return f"{label}: must fit 64 bits; got an integer of more than 4300 digits. Use a smaller one."
     place = TOML_PLACE.search(text)
     if place:
         return f"{label}:{place[1]}: not valid TOML: {text[: place.start()]}, at column {place[2]}. Correct this line."
@@ -84,7 +99,8 @@ def _without_nulls(value: Any) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key in data if counts[key] > 1)
         raise ValueError(f"the key {twice[:60]!r} stands twice in one table")
     return data
 
@@ -95,8 +111,14 @@ def _no_constant(name: str) -> Any:
 
 def _first_wrong_value(data: dict[str, Any]) -> Problem | None:
     todo: list[tuple[Path, Any]] = [((), data)]
+    count = 0
     while todo:
         path, value = todo.pop()
+        count += 1
+        if count > MAX_VALUES:
+            return Problem(
+                (), f"must hold at most {MAX_VALUES} values and tables; it holds more. Leave out what is none."
+            )
         if len(path) > MAX_DEPTH:
             return Problem(path[:4], f"nests deeper than {MAX_DEPTH} tables or lists. Flatten it.")
         if isinstance(value, dict):

@@ -2,13 +2,15 @@
 """Names that must exist: ids that kernels and operators refer to, source tags, fields that conflicts are about."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from qhw.schema.base import UNKNOWN, Path, Problem, Table
 from qhw.schema.closest import closest
+from qhw.schema.messages import one_line
 
 if TYPE_CHECKING:
     from qhw.schema.spec import TargetSpec
@@ -19,10 +21,16 @@ CONFIDENCE = re.compile(r"memory|(derived|searched): .+", re.DOTALL)
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(@[a-z0-9._-]+/[a-z0-9._-]+)*")
 RESERVED_TAGS = ("memory", "derived", "searched", UNKNOWN)
 RESERVED_IDS = (UNKNOWN, "none", "any", "float")
+MAX_NAMED = 200  # names looked through for the closest one; a file that mistypes more is another kind of file
+MAX_LISTED = 40
 
 
 def reference_problems(spec: "TargetSpec") -> Iterator[Problem]:
-    """Every name that is used and not defined, with the closest one that is."""
+    """The first 200 names that are used and not defined, each with the closest one that is."""
+    yield from islice(_problems(spec), MAX_NAMED)
+
+
+def _problems(spec: "TargetSpec") -> Iterator[Problem]:
     yield from _reserved(spec)
     for name, kernel in spec.kernels.items():
         here: Path = ("kernels", name)
@@ -57,9 +65,14 @@ def _known(path: Path, names: Any, defined: dict[str, Any], plural: str) -> Iter
     for name in (names,) if isinstance(names, str) else names or ():
         if name in defined or names == UNKNOWN:
             continue
-        here = f"{plural} here: {', '.join(defined)}." if defined else f"No {plural.lower()} are defined here."
-        near = closest(name, defined)
+        here = f"{plural} here: {_some(defined)}." if defined else f"No {plural.lower()} are defined here."
+        near = closest(name, islice(defined, MAX_NAMED))
         yield Problem(path, f"'{name}' is not defined. {here}" + (f" Closest: {near}." if near else ""))
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(one_line(name, 60) for name in islice(names, MAX_LISTED)) + more
 
 
 def _reserved(spec: "TargetSpec") -> Iterator[Problem]:
@@ -112,10 +125,11 @@ def _tags_defined(source: Any, sources: dict[str, str], path: Path) -> Iterator[
         if tag in sources or CONFIDENCE.fullmatch(tag):
             continue
         known = (*sources, "memory", "derived: ...", "searched: ...")
-        near = closest(tag, known)
+        near = closest(tag, islice(known, MAX_NAMED))
         yield Problem(
             path,
-            f"'{tag}' is not a tag of sources. Tags here: {', '.join(known)}." + (f" Closest: {near}." if near else ""),
+            f"'{one_line(tag, 60)}' is not a tag of sources. Tags here: {_some(known)}."
+            + (f" Closest: {near}." if near else ""),
         )
 
 
@@ -129,7 +143,11 @@ def _field_exists(spec: "TargetSpec", dotted: str, path: Path) -> Iterator[Probl
         else:
             return  # a leaf that holds no table, or a table that is absent: nothing to compare with
         if part not in names:
-            near = closest(part, names)
-            yield Problem(path, f"'{dotted}' is no field here: no '{part}'." + (f" Closest: {near}." if near else ""))
+            near = closest(part, islice(names, MAX_NAMED))
+            yield Problem(
+                path,
+                f"'{one_line(dotted, 60)}' is no field here: no '{one_line(part, 60)}'."
+                + (f" Closest: {near}." if near else ""),
+            )
             return
         here = getattr(here, part) if isinstance(here, BaseModel) else here[part]
