@@ -132,7 +132,7 @@ def graph_of(model: str) -> Graph:
 @cache
 def shipped_spec(file: Path) -> TargetSpec:
     """A shipped target, read once."""
-    return load_target_file(file)
+    return load_target_file(file, find_base=default_registry().target_path)
 
 
 @pytest.fixture(scope="session")
