@@ -129,7 +129,7 @@ def start(place: Path, out: str) -> "subprocess.Popen[str]":
     command = f"quantize net:model --target four.toml --calibration net:batches --out {out} --prefer adaround"
     slow = "--set adaround.iterations=3000 --set adaround.warm_start=0.99"  # decided layers would end early
     return subprocess.Popen(
-        [sys.executable, "-m", "qhw.cli", *command.split(), *slow.split()],
+        [sys.executable, "-m", "qhw", *command.split(), *slow.split()],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
