@@ -5,6 +5,7 @@ A message says where, what must hold, what was got, and what to do.
 """
 
 __all__ = [
+    "ArtefactError",
     "CalibrationError",
     "CaptureError",
     "ExportError",
@@ -57,6 +58,10 @@ class IntegerError(QhwError):
 
 class TrainingError(QhwError):
     """A result cannot be trained or frozen, or training came to a value that is no number."""
+
+
+class ArtefactError(QhwError):
+    """A quantized model's file cannot be read, or does not hold together."""
 
 
 class ResultError(QhwError):

@@ -10,12 +10,20 @@ from qhw.extension.plugin import PluginRecord
 from qhw.extension.registry import Entry, Registry
 
 if TYPE_CHECKING:
-    from qhw.extension.interfaces import Algorithm, AlgorithmOptions, Executor, Exporter, TrainingAlgorithm
+    from qhw.extension.interfaces import (
+        Algorithm,
+        AlgorithmOptions,
+        ArtefactReader,
+        Executor,
+        Exporter,
+        TrainingAlgorithm,
+    )
 
 __all__ = [
     "API_VERSION",
     "Algorithm",
     "AlgorithmOptions",
+    "ArtefactReader",
     "Entry",
     "Executor",
     "Exporter",
@@ -31,7 +39,7 @@ __all__ = [
     "reset_default_registry",
 ]
 
-_HEAVY = ("Algorithm", "AlgorithmOptions", "Executor", "Exporter", "TrainingAlgorithm")
+_HEAVY = ("Algorithm", "AlgorithmOptions", "ArtefactReader", "Executor", "Exporter", "TrainingAlgorithm")
 
 
 def __getattr__(name: str) -> Any:

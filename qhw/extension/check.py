@@ -5,7 +5,7 @@ import inspect
 from abc import ABCMeta
 
 from qhw.decisions import STAGES, Rank
-from qhw.extension.interfaces import Algorithm, AlgorithmOptions, Executor, Exporter
+from qhw.extension.interfaces import Algorithm, AlgorithmOptions, ArtefactReader, Executor, Exporter
 from qhw.extension.names import NAME
 
 
@@ -14,7 +14,7 @@ def class_problem(candidate: object, interface: ABCMeta) -> str | None:
 
     Args:
         candidate: What the plugin's hook returned.
-        interface: `Algorithm`, `Exporter` or `Executor`.
+        interface: `Algorithm`, `Exporter`, `Executor` or `ArtefactReader`.
     """
     if not (isinstance(candidate, type) and issubclass(candidate, interface)):
         what = f"class {candidate.__name__}" if isinstance(candidate, type) else f"a {type(candidate).__name__}"
@@ -89,11 +89,12 @@ def _options_problem(candidate: type[Algorithm] | type[Exporter]) -> str | None:
 
 
 def _constructor_problem(candidate: type) -> str | None:
-    takes = "no arguments" if issubclass(candidate, Executor) else "(options=None) and nothing else"
+    plain = issubclass(candidate, Executor | ArtefactReader)
+    takes = "no arguments" if plain else "(options=None) and nothing else"
     try:
         signature = inspect.signature(candidate)
         signature.bind()
-        if not issubclass(candidate, Executor):
+        if not plain:
             signature.bind(options=None)
     except (TypeError, ValueError):
         return f"__init__ must take {takes}; work belongs in the call."

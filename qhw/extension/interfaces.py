@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plugin's classes look like: algorithm, exporter, executor. Each docstring is the recipe."""
+"""What a plugin's classes look like: algorithm, exporter, executor, reader. Each docstring is the recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey, coun
 
 if TYPE_CHECKING:
     from qhw.graph import Graph, Placement
+    from qhw.legality import Artefact
     from qhw.schema import TargetSpec
 
 
@@ -188,3 +189,37 @@ class Executor(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Name and version of everything that decides the figures: the runtime, its libraries, CPU features used."""
+
+
+class ArtefactReader(ABC):
+    """Reads quantized models of one file format, for `qhw check`; made with qhw or not.
+
+    Recipe: one file, one class. `recognizes` looks at the name and the first bytes and says whether the format is its
+    own; `read` gives the model as data. A file is somebody else's: nothing in it may be run, every length and offset is
+    checked, paths in it stay within its folder, and whatever is wrong is an `ArtefactError` of one line. Hand the class
+    to qhw from `qhw_register_readers`. The constructor takes nothing.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def recognizes(self, path: Path, head: bytes) -> bool:
+        """Whether a file is of this format.
+
+        Args:
+            path: The file; its suffix may help.
+            head: Its first bytes, at most 4096.
+        """
+
+    @abstractmethod
+    def read(self, path: Path, model: Path | None) -> Artefact:
+        """The model.
+
+        Args:
+            path: The file.
+            model: The model that the file belongs to, where the format holds encodings alone; else None.
+
+        Raises:
+            ArtefactError: the file cannot be read, or does not hold together.
+        """

@@ -56,7 +56,7 @@ def load_plugins(
         PluginError: a plugin cannot be imported, breaks a rule, raises, or is in conflict with another one. The
             message names plugin, distribution and version, and says how to go on without it.
     """
-    from qhw.extension.interfaces import Algorithm, Executor, Exporter
+    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter
 
     blocked = _names(os.environ.get(BLOCK_VARIABLE, "") if block is None else block)
     candidates = _candidates(metadata.entry_points(group=GROUP) if entry_points is None else entry_points, extra)
@@ -72,6 +72,7 @@ def load_plugins(
         pipelines=_pipelines(plugins),
         exporters=_classes(plugins, "exporter", Exporter),
         executors=_classes(plugins, "executor", Executor),
+        readers=_classes(plugins, "reader", ArtefactReader),
         unmatched_blocks=tuple(sorted(blocked - {candidate.record.name for candidate in candidates})),
         loaded=tuple(plugins),
     )

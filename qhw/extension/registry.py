@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qhw.decisions import Pipeline, QuantPlan, StepReport
-    from qhw.extension.interfaces import Algorithm, Executor, Exporter
+    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter
     from qhw.schema import TargetSpec
 
 T_co = TypeVar("T_co", covariant=True)
@@ -64,6 +64,7 @@ class Registry:
     pipelines: Mapping[str, Entry[Pipeline]] = field(default_factory=_none)
     exporters: Mapping[str, Entry[type[Exporter]]] = field(default_factory=_none)
     executors: Mapping[str, Entry[type[Executor]]] = field(default_factory=_none)
+    readers: Mapping[str, Entry[type[ArtefactReader]]] = field(default_factory=_none)
     unmatched_blocks: tuple[str, ...] = ()
     loaded: tuple[Plugin, ...] = field(default=(), repr=False)
 
@@ -118,6 +119,10 @@ class Registry:
         """The executor of that name."""
         return self.executors[name].value if name in self.executors else _unknown("executor", name, self.executors)
 
+    def reader(self, name: str) -> type[ArtefactReader]:
+        """The reader of that name."""
+        return self.readers[name].value if name in self.readers else _unknown("reader", name, self.readers)
+
     def provided_by(self, plugin: str) -> dict[str, tuple[str, ...]]:
         """Kind to names of what a plugin brings; kinds it brings nothing of are left out."""
         kinds: dict[str, Mapping[str, Entry[object]]] = {
@@ -126,6 +131,7 @@ class Registry:
             "pipelines": self.pipelines,
             "exporters": self.exporters,
             "executors": self.executors,
+            "readers": self.readers,
         }
         brought = {kind: tuple(n for n, e in entries.items() if e.plugin == plugin) for kind, entries in kinds.items()}
         return {kind: names for kind, names in brought.items() if names}

@@ -25,6 +25,7 @@ ORDER = (
     "schema",
     "numerics",
     "graph",
+    "legality",
     "decisions",
     "extension",
     "engine",
@@ -153,7 +154,7 @@ def test_commands_that_need_no_model_do_not_wait_for_torch(arguments: list[str])
 def shipped_names() -> dict[str, set[str]]:
     """Names of everything that the shipped plugins register, by kind."""
     registry = load_plugins(block=(), entry_points=[EntryPoint(n, value, "qhw") for n, value in POINTS.items()])
-    kinds = ("targets", "algorithms", "pipelines", "exporters", "executors")
+    kinds = ("targets", "algorithms", "pipelines", "exporters", "executors", "readers")
     return {kind: set(getattr(registry, kind)) for kind in kinds}
 
 

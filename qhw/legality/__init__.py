@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a quantized model keeps to what a target states: the model as its file has it, judged clause by clause."""
+
+from qhw.legality.artefact import Artefact, ArtefactOperator, Constant, Encoding, Use, encoding_of
+
+__all__ = [
+    "Artefact",
+    "ArtefactOperator",
+    "Constant",
+    "Encoding",
+    "Use",
+    "encoding_of",
+]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clauses on biases: whether one can be added, its width, its scale."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qhw.legality.artefact import Constant, Encoding
+from qhw.legality.finding import Finding, unknown
+from qhw.legality.scales import is_power_of_two
+from qhw.legality.site import Site
+from qhw.schema import Bias
+
+__all__ = ["bias_findings"]
+
+_TOLERANCE = 1e-6
+"""Relative: a float32 product of two scales may lie 2^-24 from the real one, and one of rounded factors twice that."""
+
+
+def bias_findings(site: Site, kernel: str, *, derived: bool) -> Iterator[Finding]:
+    """What a kernel's bias rule says about an operator's bias.
+
+    Args:
+        site: An operator with weights.
+        kernel: Whose rule.
+        derived: The toolchain quantizes biases by itself: only their value counts.
+    """
+    bias, name = site.operator.bias, site.kernel(kernel).bias
+    if bias is None:
+        return
+    clause = f"kernels.{kernel}.bias"
+    if name == "none":
+        fix = "Fold it into the layer behind, or drop it."
+        yield Finding(clause, "must be none: this kernel adds no bias", "a bias", fix, bias.name, distance=20)
+        return
+    if name is None or name == "unknown":
+        yield unknown(clause, "unknown" if name else "the target does not say how a bias is added")
+        return
+    path, rule = f"biases.{name}", site.target.biases[name]
+    channels = bias.shape[0] if bias.shape else None
+    if isinstance(rule.max_channels, int) and channels is not None and channels > rule.max_channels:
+        must = f"must be at most {rule.max_channels}"
+        yield Finding(f"{path}.max_channels", must, f"{channels} channels", "Split the layer.", bias.name)
+    if rule.bits == "float":
+        return  # codes on a scale stand for reals, too
+    if bias.encoding is None:
+        if not derived:
+            got = "real numbers"
+            fix = (
+                f"Store it as int{rule.bits}, at input scale times weight scale."
+                if rule.scale != "own"
+                else "Quantize it."
+            )
+            yield Finding(f"{path}.bits", f"must be quantized to {rule.bits} bits", got, fix, bias.name)
+        return
+    yield from _of_codes(path, rule, bias)
+    yield from _of_scale(path, rule, bias, bias.encoding, site)
+
+
+def _of_codes(path: str, rule: Bias, bias: Constant) -> Iterator[Finding]:
+    if bias.encoding is not None and bool((bias.encoding.zero_point != 0).any()):
+        if rule.zero_point in (None, 0):
+            got = f"zero point {int(bias.encoding.zero_point.flat[0])}"
+            yield Finding(f"{path}.zero_point", "must be 0", got, "Quantize it symmetrically.", bias.name)
+    if rule.bits is None or rule.bits == "unknown":
+        yield unknown(f"{path}.bits", "unknown" if rule.bits else "the target does not say how wide a bias is")
+        return
+    assert isinstance(rule.bits, int)
+    if bias.codes is None or bias.codes.size == 0:
+        return
+    low, high = -(1 << (rule.bits - 1)), (1 << (rule.bits - 1)) - 1
+    wrong = (bias.codes < low) | (bias.codes > high)
+    if bool(wrong.any()) and rule.out_of_range != "saturate":
+        most = max(abs(int(code)) for code in (bias.codes.min(), bias.codes.max()))
+        got = f"{most.bit_length() + 1} bits ({int(wrong.sum())} of {bias.codes.size} codes lie outside)"
+        fix = "Give the weights of these channels a coarser scale."
+        yield Finding(f"{path}.bits", f"must be {rule.bits}", got, fix, bias.name)
+
+
+def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) -> Iterator[Finding]:
+    if rule.scale is None or rule.scale == "unknown":
+        yield unknown(f"{path}.scale", "unknown" if rule.scale else "the target does not say in which units a bias is")
+        return
+    unit = _unit(site)
+    if rule.scale == "own":
+        if rule.per in (None, "tensor") and e.axis is not None and len(np.unique(e.scale)) > 1:
+            yield Finding(f"{path}.per", 'must be "tensor"', f"{e.scale.size} scales", "Use one scale.", bias.name)
+        if rule.align == "shift" and unit is not None and rule.applied != "after_multiplier":
+            ratio = e.scale / unit
+            legal = is_power_of_two(np.float32(ratio).astype(np.float64)) & (ratio >= 1 - _TOLERANCE)
+            if not bool(legal.all()):
+                must = "must be input scale times weight scale, shifted left"
+                got = f"{float(np.atleast_1d(ratio)[np.atleast_1d(~legal)][0]):.9g} times that"
+                yield Finding(f"{path}.align", must, got, "Quantize it on such a scale.", bias.name)
+        return
+    if unit is None:
+        return
+    try:
+        away = np.abs(e.scale - unit) > _TOLERANCE * unit
+    except ValueError:  # as many scales as neither channels nor one
+        got = f"{e.scale.size} scales"
+        yield Finding(f"{path}.scale", f"must be one for each of {unit.size}", got, "Quantize it again.", bias.name)
+        return
+    if bool(away.any()):
+        index = int(np.flatnonzero(np.atleast_1d(away))[0])
+        want, got_scale = (float(np.broadcast_to(x, away.shape).flat[index]) for x in (unit, e.scale))
+        got = f"scale {got_scale:.9g} where the product is {want:.9g}"
+        more = f" ({int(away.sum())} of {away.size} channels)" if away.size > 1 else ""
+        fix = "Quantize it again at that scale."
+        yield Finding(f"{path}.scale", 'must be "input*weight"', got + more, fix, bias.name)
+
+
+def _unit(site: Site) -> "np.ndarray | None":
+    """Input scale times weight scale per output channel, as float32 has it; None where one is not known."""
+    x = site.inputs[0].encoding if site.inputs else None
+    w = site.weight.encoding if site.weight is not None else None
+    if x is None or w is None or x.is_dynamic or w.is_dynamic or x.scale.ndim or w.scale.ndim > 1:
+        return None
+    return site.per_channel(np.float32(x.scale).astype(np.float64) * np.float32(w.scale).astype(np.float64))

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clauses that tie tensors to one scale, and those that prescribe one."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qhw.graph.cells import Cell
+from qhw.graph.slots import Slot, edge, tensor
+from qhw.graph.ties import fixed_encoding, tied_slots
+from qhw.legality.artefact import Encoding
+from qhw.legality.finding import Finding, unknown
+from qhw.legality.site import Site, graph_operator
+from qhw.schema import Kernel
+
+__all__ = ["fixed_findings", "tie_findings"]
+
+
+def tie_findings(site: Site, kernels: dict[str, Kernel]) -> Iterator[Finding]:
+    """Tensors that the operator wants on one scale, and that are not.
+
+    Args:
+        site: The operator.
+        kernels: Its rows; none for an operator that only moves data.
+    """
+    clause = f"{site.path}.same_scale"
+    if kernels and site.spec.same_scale == "unknown":
+        yield unknown(clause)
+        return
+    cell = _cell(site, kernels)
+    places = [edge(site.operator.name, index) for index in range(len(site.inputs))]
+    held: dict[Slot, tuple[str, Encoding | None]] = {
+        place: (use.tensor, use.encoding) for place, use in zip(places, site.inputs, strict=True)
+    }
+    held[tensor(site.output.tensor)] = site.output.tensor, site.output.encoding
+    for tied in tied_slots(cell, places, site.output.encoding is not None):
+        known = [(name, e) for name, e in (held[slot] for slot in tied) if e is not None]
+        others = [(name, e) for name, e in known[1:] if not e.same_grid(known[0][1])]
+        if others:
+            name, encoding = others[0]
+            rule = site.spec.same_scale if kernels else "all"
+            must = f"must be one scale and zero point ({rule})"
+            got = f"{known[0][0]}: {known[0][1].words()}; {name}: {encoding.words()}"
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            fix = "Give all of them the scale and zero point that covers the widest."
+            yield Finding(clause, must, got + more, fix, name)
+
+
+def fixed_findings(site: Site, format_name: str | None) -> Iterator[Finding]:
+    """Parameters that the result must have in its format."""
+    e = site.output.encoding
+    if format_name is None or e is None or e.is_dynamic:
+        return
+    clause = f"{site.path}.fixed_output"
+    if site.spec.fixed_output == "unknown":
+        yield unknown(clause)
+        return
+    fixed = fixed_encoding(_cell(site, {}), format_name)
+    if fixed is None:
+        return
+    signed = site.target.formats[format_name].is_signed
+    e = e if signed is None else e.as_signed(signed)
+    same_scale = bool((np.float32(e.scale) == np.float32(fixed.scale)).all())
+    if not same_scale or not bool((e.zero_point == fixed.zero_point).all()):
+        must = f"must be scale {fixed.scale:.9g}, zero point {fixed.zero_point}"
+        fix = f"Give the result of {site.kind} these parameters."
+        yield Finding(f"{clause}.{format_name}", must, e.words(), fix, site.output.tensor)
+
+
+def _cell(site: Site, kernels: dict[str, Kernel]) -> Cell:
+    operator = graph_operator(site.operator, site.inputs)
+    names = tuple(use.tensor for use in site.inputs)
+    nothing: frozenset[str] = frozenset()
+    return Cell(operator, site.spec, site.path, (operator.name,), names, site.output.tensor, kernels, nothing, nothing)
