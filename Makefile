@@ -15,8 +15,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m examples.demo
 
+# One process per processor, each with one thread (tests/conftest.py).
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -62,7 +62,13 @@ COMPILED = [(way, mode) for way in ("static", "kept", "double", "lsq+") for mode
 
 
 # In training a count of steps, as `freeze_after` has it, breaks the graph in two.
-@pytest.mark.parametrize(("way", "mode"), [*COMPILED, ("frozen double", "eval")])
+@pytest.mark.parametrize(
+    ("way", "mode"),
+    [
+        pytest.param(*case, marks=() if case == ("kept", "train") else pytest.mark.slow)
+        for case in (*COMPILED, ("frozen double", "eval"))
+    ],
+)
 def test_it_compiles_in_one_graph(way, mode):
     torch._dynamo.reset()
     one = trainable(**WAYS[way])
