@@ -186,7 +186,8 @@ def test_it_is_listed_with_its_distribution_and_version(installed: Environment) 
 def test_its_target_is_listed_and_passes_lint(installed: Environment) -> None:
     assert "acme/npu" in [target["name"] for target in facts(installed, "target", "list")]
     findings = facts(installed, "target", "lint", "acme/npu")
-    assert {finding["severity"] for finding in findings} <= {"info", "open"}  # it says no rounding order, and lint names who needs it
+    # It says no rounding order; lint names who needs one.
+    assert {finding["severity"] for finding in findings} <= {"info", "open"}
 
 
 @pytest.mark.slow
