@@ -4,6 +4,8 @@
 from qhw.schema.arithmetic import Accumulator, Align, Bias, Pairwise, Ratio, Requantize, Shift, Stage
 from qhw.schema.base import UNKNOWN, Table
 from qhw.schema.closest import closest
+from qhw.schema.compare import diff
+from qhw.schema.difference import Difference
 from qhw.schema.formats import Format
 from qhw.schema.kernels import ExponentBound, Kernel
 from qhw.schema.lint import Finding, lint
@@ -40,6 +42,7 @@ __all__ = [
     "Clock",
     "Conflict",
     "Cost",
+    "Difference",
     "ExponentBound",
     "FindBase",
     "Finding",
@@ -66,6 +69,7 @@ __all__ = [
     "Table",
     "TargetSpec",
     "closest",
+    "diff",
     "lint",
     "load_target_file",
     "open_fields",

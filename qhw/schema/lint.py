@@ -10,6 +10,7 @@ from qhw.schema.base import UNKNOWN, Path, leaves
 from qhw.schema.closest import closest
 from qhw.schema.formats import Format
 from qhw.schema.kernels import Kernel
+from qhw.schema.kinds import TWO_ACTIVATIONS
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
 from qhw.schema.messages import shown
@@ -28,8 +29,6 @@ BLOCKING = re.compile(
     r"formats\.\w+\.(kind|bits|signed|codes|per|group_size|zero_point|scale|scale\.(kind|values))"
     r"|kernels\.\w+\.(input|weight|output)|operators\.\w+\.kernels"
 )
-TWO_ACTIVATIONS = frozenset({"Add", "Attention", "Div", "MatMul", "Max", "Min", "Mul", "Sub"})
-"""Kinds whose kernels list the second activation under `weight`; that one may well have no negative values."""
 NO_CLAIMS = ("artefact.exporter", "artefact.executor")
 
 
@@ -108,7 +107,9 @@ def _weights(spec: TargetSpec) -> Iterator[Remark]:
     """Grids on which weights lose their sign or nearly everything else."""
     for name, kernel in spec.kernels.items():
         users = {k for k, o in spec.operators.items() if isinstance(o.kernels, tuple) and name in o.kernels}
-        if not isinstance(kernel.weight, tuple) or (users and users <= TWO_ACTIVATIONS):
+        if not isinstance(kernel.weight, tuple) or (
+            users and users <= TWO_ACTIVATIONS
+        ):  # activations may be one-tailed
             continue
         path: Path = ("kernels", name, "weight")
         listed = {format_id: spec.formats[format_id] for format_id in kernel.weight}

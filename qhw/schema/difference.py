@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One thing in which two targets differ, as data and as a sentence."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from qhw.schema.content import ABSENT, frozen
+from qhw.schema.words import joined, value_words
+
+__all__ = ["Difference", "Section", "merged"]
+
+Section = Literal["operators", "formats", "arithmetic", "rules", "target"]
+Change = Literal["added", "removed", "changed"]
+ABSENT_VALUES = [value for means in ABSENT.values() for value in means.values()]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one target says otherwise than another.
+
+    Attributes:
+        section: `operators`: which there are; `formats`: of their operands and results; `arithmetic`: of their
+            kernels; `rules`: what else holds for an operator; `target`: what is about no operator.
+        subject: What differs, as `weights`, `accumulator.bits`, `limits.kernel.max`, `fallback`.
+        kinds: The operator kinds of which it holds; empty in section `target`.
+        change: Whether the second target adds something, lacks it, or says something else.
+        before: What the first target says; None where it is not stated.
+        after: What the second one says.
+        where: On which kernels of these operators, by their formats, as `int16 x int16`; empty: on all.
+    """
+
+    section: Section
+    subject: str
+    kinds: tuple[str, ...]
+    change: Change
+    before: Any
+    after: Any
+    where: str = ""
+
+    def sentence(self) -> str:
+        """As `adds int16 activations for MatMul`, `accumulator of Conv: unknown -> 32 bits`."""
+        kinds = joined(self.kinds) if self.kinds else ""
+        if self.section == "operators":
+            return self._of_operators(kinds)
+        name = self.subject.replace(".", " ").replace("_", " ")
+        on = f" with {self.where}" if self.where else ""
+        head = f"{name} of {kinds}{on}" if kinds else name
+        before, after = (_told(self.subject, value) for value in (self.before, self.after))
+        if self.change == "changed":
+            return f"{head}: {before} -> {after}"
+        if self.change == "removed":
+            return f"{head}: {before} is gone"
+        if self.subject in ("activations", "inputs", "results", "weights") and not after.startswith(("per ", "free ")):
+            short = "," not in after.split("[")[0]
+            return f"adds {after} {name} for {kinds}{on}" if short else f"{head}: adds {after}"
+        return f"{head}: adds {after}"
+
+    def _of_operators(self, kinds: str) -> str:
+        if self.change == "added":
+            return f"adds {kinds}"
+        if self.change == "removed":
+            return f"{kinds} {'is' if len(self.kinds) == 1 else 'are'} gone"
+        return f"{kinds}: {self.before} -> {self.after}"
+
+
+def merged(differences: Iterable[Difference]) -> tuple[Difference, ...]:
+    """The same of several operators said once, in the order in which each is met first."""
+    found: dict[Any, Difference] = {}
+    for one in differences:
+        key = (one.section, one.subject, one.change, frozen(one.before), frozen(one.after), one.where)
+        known = found.get(key)
+        found[key] = one if known is None else replace(known, kinds=tuple(dict.fromkeys((*known.kinds, *one.kinds))))
+    return tuple(found.values())
+
+
+def _told(subject: str, value: Any) -> str:
+    """A value in words, with the unit that its field has."""
+    if isinstance(value, dict):
+        first = [key for key in ("kind", "bits", "overflow", "rounding") if key in value]
+        rest = [key for key in value if key not in first]
+        words = [_told(key, value[key]) for key in first if (key, value[key]) != ("kind", "integer")]
+        words += [
+            f"{key.replace('_', ' ')} {_told(key, value[key])}" for key in rest if value[key] not in ABSENT_VALUES
+        ]
+        return ", ".join(words) or "none"
+    if isinstance(value, int) and not isinstance(value, bool) and subject.endswith("bits"):
+        return f"{value} bits"
+    return value_words(value)
