@@ -213,9 +213,16 @@ def _relative_base(base: str, layer: Layer, where: str) -> Layer:
     try:
         return _read_layer(path, str(path), within)
     except TargetError as error:
-        if path.is_file():
+        if _is_file(path):
             raise
         raise TargetError(f"{where}  extends: {_quoted(base)} cannot be read. {error}") from error
+
+
+def _is_file(path: FilePath) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no system takes
+        return False
 
 
 def _check_inside(path: FilePath, within: FilePath, base: str, where: str) -> None:

@@ -20,7 +20,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 20_000  # some ten times as many as the largest description of an accelerator has
 # A key of more parts than that: tomllib's time grows with the square of their number (60,000: minutes).
 DEEP_KEY = re.compile(
-    r"""(?<![\w-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*+\.[ \t]*+){%d}""".replace(
+    r"""(?<![\w\\-])(?:(?:[\w-]++|"(?:[^"\\\n]|\\.){0,200}+"|'[^'\n]{0,200}+')[ \t]*+\.[ \t]*+){%d}""".replace(
         "%d", str(MAX_DEPTH)
     )
 )
