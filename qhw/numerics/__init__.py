@@ -3,7 +3,9 @@
 
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
+from qhw.numerics.elements import ElementSet, ListedElements
 from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.float_elements import FloatElements
 from qhw.numerics.fma import fma_float32
 from qhw.numerics.folded_norm import FoldedBatchNorm
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
@@ -23,12 +25,15 @@ from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_
 __all__ = [
     "ROUNDING_RULES",
     "ChannelNormal",
+    "ElementSet",
     "FakeQuantizer",
+    "FloatElements",
     "FoldedBatchNorm",
     "Granularity",
     "Grid",
     "Histogram",
     "LearnedQuantizer",
+    "ListedElements",
     "MinMax",
     "MinMaxSeries",
     "Operands",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qhw.errors import RangeError
 from qhw.numerics.granularity import Granularity, PerTensor
-from qhw.numerics.grid import Grid, legal_scale
+from qhw.numerics.grid import Grid, block_scale, legal_scale
 from qhw.numerics.qparams import QParams
 
 _DEAD_SCALE = 1.0
@@ -98,9 +98,10 @@ def qparams_from_range(
 
         scale = max(max_val / (quant_max - z), -min_val / (z - quant_min))              (3)
 
-    a side without codes does not count: its values are clipped. Several zero points: the one that covers the range
-    with the smallest scale, the first listed on a tie. The scale is then made legal, upwards, and a free zero point
-    computed from the legal scale. If the grid's highest scale is too small, the range is clipped.
+    a side without codes does not count: its values are clipped. With elements, quant_max - z and z - quant_min are the
+    highest element and minus the lowest. An e8m0 scale follows `block_scale`. Several zero points: the one that covers
+    the range with the smallest scale, the first listed on a tie. The scale is then made legal, upwards, and a free zero
+    point computed from the legal scale. If the grid's highest scale is too small, the range is clipped.
 
     An all-zero tensor gets the legal scale at or above 1.0. In a tensor with several scales an all-zero share (a dead
     channel) gets the largest scale of the others, so that bias and multiplier stay in their ordinary range. A constant
@@ -126,7 +127,7 @@ def qparams_from_range(
     """
     check_range(min_val, max_val, name)
     scale, zero_point = scale_and_zero_point(min_val, max_val, grid)
-    return QParams(scale, zero_point, grid.quant_min, grid.quant_max, granularity)
+    return grid.qparams(scale, zero_point, granularity)
 
 
 def check_range(min_val: Tensor, max_val: Tensor, name: str) -> None:
@@ -164,6 +165,9 @@ def scale_and_zero_point(min_val: Tensor, max_val: Tensor, grid: Grid) -> tuple[
     """
     # float64: max - min of two float32 may overflow float32, and the scale is rounded once.
     low, high = min_val.double().clamp(max=0.0), max_val.double().clamp(min=0.0)
+    if grid.scale_kind == "e8m0":
+        scale = block_scale(low, high, grid)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
     if grid.zero_point is None:
         scale = legal_scale(_revive((high - low) / grid.span), grid)
         # round() on a float64 tensor is half to even.
@@ -183,13 +187,14 @@ def covering_scale(low: Tensor, high: Tensor, grid: Grid, zero_point: int) -> Te
     Args:
         low: float64 [*P] <= 0.
         high: float64 [*P] >= 0.
-        grid: Its code bounds.
+        grid: Its code bounds, or its elements.
         zero_point: The code of 0.0.
 
     Returns:
         Tensor: float64 [*P] >= 0.
     """
-    above, below = grid.quant_max - zero_point, zero_point - grid.quant_min
+    least, above = grid.ends(zero_point)
+    below = -least
     scale = torch.zeros_like(high)
     if above:
         scale = high / above
@@ -201,9 +206,10 @@ def covering_scale(low: Tensor, high: Tensor, grid: Grid, zero_point: int) -> Te
 def _is_clipped(low: Tensor, high: Tensor, grid: Grid, zero_point: int) -> Tensor:
     """Whether the range reaches to a side of the zero point that has no codes."""
     clipped = torch.zeros_like(low, dtype=torch.bool)
-    if zero_point == grid.quant_max:
+    least, most = grid.ends(zero_point)
+    if not most:
         clipped |= high > 0
-    if zero_point == grid.quant_min:
+    if not least:
         clipped |= low < 0
     return clipped
 

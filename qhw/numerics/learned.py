@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qhw.numerics.elements import ElementSet
 from qhw.numerics.learned_pieces import backward_in_pieces, fits_pieces, forward_in_pieces
 from qhw.numerics.quantize import zero_point_dtype
 from qhw.numerics.rounding import Rounding, round_real
@@ -36,6 +37,7 @@ def learned_fake_quantize(
     rounding: Rounding = "half_even",
     gradient_scale: float = 1.0,
     clip: Clip = NO_CLIP,
+    elements: ElementSet | None = None,
 ) -> Tensor:
     """Real numbers moved onto the grid, with gradients for x, the scale and the zero point.
 
@@ -61,6 +63,8 @@ def learned_fake_quantize(
         rounding: Named rule for the quotient.
         gradient_scale: What the gradients of scale and zero point are multiplied by.
         clip: Bounds that x is limited to first; the values and gradients are those of `clipped` in front.
+        elements: What codes stand for, where they are not evenly spaced: c - z is the element nearest to x / s, and
+            inside is what lies no more than half a step beyond the ends. The zero point is None then.
 
     Returns:
         Tensor: x's dtype [*shape].
@@ -69,6 +73,11 @@ def learned_fake_quantize(
         Nagel et al., 2021, arXiv:2106.08295, eqs. 36 to 40. Differs: inside and outside are told apart by the rounded
         code, as the derivative of the function above has it, so the end codes take the half step beyond them.
     """
+    if elements is not None:
+        of_elements: Tensor = _LearnedElements.apply(  # type: ignore[no-untyped-call]
+            clipped(x, clip), scale, elements, gradient_scale
+        )
+        return of_elements
     if clip != NO_CLIP and not (clip[0] <= 0.0 <= clip[1] and fits_pieces(x, scale, quant_min, quant_max)):
         x, clip = clipped(x, clip), NO_CLIP
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
@@ -124,6 +133,25 @@ class _LearnedFakeQuantize(torch.autograd.Function):
             by_scale = by_scale * ctx.gradient_scale
             by_zero = None if by_zero is None else by_zero * ctx.gradient_scale
         return by_x, by_scale, by_zero, None, None, None, None, None
+
+
+class _LearnedElements(torch.autograd.Function):
+    """As `_LearnedFakeQuantize`, onto a set of elements."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, elements: ElementSet, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.elements, ctx.gradient_scale = elements, gradient_scale
+        return elements.round_to(x.float() / scale).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        quotient, upstream = x.float() / scale, grads[0].float()
+        inside = torch.ops.aten.hardtanh_backward(upstream, quotient, *ctx.elements.edges)
+        by_scale = ctx.elements.round_to(quotient).mul_(upstream).addcmul_(inside, quotient, value=-1.0)
+        return inside.to(x.dtype), by_scale.sum_to_size(scale.shape) * ctx.gradient_scale, None, None
 
 
 def _zero(zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:

@@ -65,7 +65,7 @@ class LearnedQuantizer(FakeQuantizer):
         name: str = "tensor",
     ) -> None:
         self.grid = grid
-        self.domain: ScaleDomain = "log2" if grid.scale_kind == "power_of_two" else domain
+        self.domain: ScaleDomain = "log2" if grid.scale_kind in ("power_of_two", "e8m0") else domain
         self.learns_scale = grid.scale_kind != "fixed"
         self.learns_zero_point = learn_zero_point and not grid.zero_points
         self.gradient_scale = gradient_scale
@@ -109,7 +109,8 @@ class LearnedQuantizer(FakeQuantizer):
                 f"{self.name}: its learned scale or zero point is NaN or infinite. Lower the learning rate."
             )
         zero_point = zero_point.round().clamp(self.quant_min, self.quant_max).to(torch.int32)
-        return QParams(self.scale.detach().clone(), zero_point, self.quant_min, self.quant_max, self.granularity)
+        bounds = self.quant_min, self.quant_max
+        return QParams(self.scale.detach().clone(), zero_point, *bounds, self.granularity, self.elements)
 
     @property
     def is_at_smallest(self) -> bool:
@@ -144,6 +145,7 @@ class LearnedQuantizer(FakeQuantizer):
             self.rounding,
             self.gradient_scale,
             self.clip,
+            self.elements,
         )
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Range search: the legal scale and zero point with the least squared quantization error."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -59,7 +60,7 @@ def mse_qparams_from_histogram(histogram: Histogram, grid: Grid, *, search: Sear
     low, high = histogram.min.reshape(1), histogram.max.reshape(1)
     best = least_loss(low, high, grid, HistogramError(histogram, grid), search)
     scale, zero_point = best.scale.reshape(()), best.zero_point.reshape(())
-    return QParams(scale, zero_point, grid.quant_min, grid.quant_max, PerTensor())
+    return grid.qparams(scale, zero_point, PerTensor())
 
 
 def mse_qparams_from_tensor(
@@ -101,10 +102,12 @@ def mse_qparams_from_tensor(
     if w.numel() == 0:
         return qparams_from_range(low, high, grid, granularity, name)
     shape = parameter_shape(granularity, tuple(w.shape))
-    error = TensorError(to_rows(w, granularity), grid, clipping_weight)
+    # A ragged last group is padded with what adds no error: 0.0 where the grid has it, else NaN, which is passed over.
+    padding = 0.0 if grid.elements is None or grid.elements.has_zero else math.nan
+    error = TensorError(to_rows(w, granularity, padding), grid, clipping_weight)
     best = least_loss(low.reshape(-1), high.reshape(-1), grid, error, search)
     scale, zero_point = best.scale.reshape(shape), best.zero_point.reshape(shape)
-    return QParams(scale, zero_point, grid.quant_min, grid.quant_max, granularity)
+    return grid.qparams(scale, zero_point, granularity)
 
 
 @dataclass
@@ -177,7 +180,7 @@ def _search_scales(covering: Tensor, zero_point: int, grid: Grid, error_of: Erro
     """One-dimensional search over legal scales up to the covering one, around a fixed zero point."""
     scale = scale_candidates(covering, grid, _CANDIDATES)
     index = best.take(scale, torch.full_like(scale, zero_point, dtype=torch.int32), error_of)
-    if grid.scale_kind == "float32":
+    if grid.scale_kind not in ("power_of_two", "e8m0", "fixed", "enumerated"):
         fraction = 1.0 - index.double() / _CANDIDATES
         fractions = (fraction + _FINER.to(covering.device)[:, None]).clamp(max=1.0)
         scale = legal_scale(covering * fractions, grid)

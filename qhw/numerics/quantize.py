@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qhw.errors import RangeError
+from qhw.numerics.elements import ElementSet
 from qhw.numerics.granularity import expand
 from qhw.numerics.qparams import QParams
 from qhw.numerics.rounding import Rounding, round_real
@@ -29,9 +30,9 @@ def code_dtype(quant_min: int, quant_max: int) -> torch.dtype:
 
 
 def quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name: str = "tensor") -> Tensor:
-    """Integer codes of real numbers.
+    """Codes of real numbers.
 
-        x_q = clamp(round(x / scale) + zero_point, quant_min, quant_max)
+        x_q = clamp(round(x / scale) + zero_point, quant_min, quant_max);   with elements, code(nearest(x / scale))
 
     True float32 division, not a multiplication by 1 / scale; the zero point is added after rounding. As ONNX
     QuantizeLinear, for every rounding rule.
@@ -43,10 +44,11 @@ def quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name
         name: The tensor's name, for messages.
 
     Returns:
-        Tensor: `code_dtype` of the grid, [*shape].
+        Tensor: `code_dtype` of the grid, [*shape]; with elements, their stored patterns.
 
     Raises:
-        RangeError: x has a NaN or an infinite value, or the scale does not fit its shape, or codes exceed 2**53.
+        RangeError: x has a NaN or an infinite value, or the scale does not fit its shape, or codes exceed 2**53, or
+            another rounding than half to even is asked of elements.
 
     Reference:
         Nagel et al., 2021, arXiv:2106.08295, eq. 4.
@@ -62,12 +64,15 @@ def quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name
     if max(-qparams.quant_min, qparams.quant_max) > _FLOAT64_CODES:
         raise RangeError(f"{name}: codes must stay within 2**53; got {qparams.quant_max}. Narrow the grid.")
     scale, zero_point = _broadcast(x, qparams)
+    if qparams.elements is not None:
+        _check_rounding(rounding, name)
+        return qparams.elements.encode(qparams.elements.round_to(x.float() / scale))
     code = _code(x.float(), scale, zero_point, qparams.quant_min, qparams.quant_max, rounding)
     return code.to(code_dtype(qparams.quant_min, qparams.quant_max))
 
 
 def dequantize(x_q: Tensor, qparams: QParams, name: str = "tensor") -> Tensor:
-    """Real numbers of integer codes: scale * float32(x_q - zero_point), one float32 product.
+    """Real numbers of codes: scale * float32(x_q - zero_point), or scale * element(x_q); one float32 product.
 
     Args:
         x_q: integer [*shape].
@@ -82,6 +87,8 @@ def dequantize(x_q: Tensor, qparams: QParams, name: str = "tensor") -> Tensor:
     """
     qparams.check_fits(tuple(x_q.shape), name)
     scale = expand(qparams.scale, qparams.granularity, tuple(x_q.shape))
+    if qparams.elements is not None:
+        return qparams.elements.decode(x_q) * scale
     zero_point = expand(qparams.zero_point, qparams.granularity, tuple(x_q.shape))
     # int64: the difference of two int32 codes may need 33 bits.
     return (x_q.long() - zero_point).float() * scale
@@ -90,7 +97,8 @@ def dequantize(x_q: Tensor, qparams: QParams, name: str = "tensor") -> Tensor:
 def fake_quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name: str = "tensor") -> Tensor:
     """Real numbers moved onto the grid: bit for bit `dequantize(quantize(x))`, with a straight-through gradient.
 
-    The gradient with respect to x is 1 where the rounded code lies in [quant_min, quant_max] before clamping, else 0.
+    The gradient with respect to x is 1 where the rounded code lies in [quant_min, quant_max] before clamping, else 0;
+    with elements, 1 within half a step beyond their ends.
     NaN stays NaN, and its gradient passes; an infinite value becomes the end of the grid: for speed nothing is checked.
 
     Args:
@@ -110,11 +118,21 @@ def fake_quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even",
     """
     qparams.check_fits(tuple(x.shape), name)
     scale, zero_point = _broadcast(x, qparams)
-    return fake_quantize_broadcast(x, scale, zero_point, qparams.quant_min, qparams.quant_max, rounding)
+    if qparams.elements is not None:
+        _check_rounding(rounding, name)
+    return fake_quantize_broadcast(
+        x, scale, zero_point, qparams.quant_min, qparams.quant_max, rounding, qparams.elements
+    )
 
 
 def fake_quantize_broadcast(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: Rounding = "half_even"
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    rounding: Rounding = "half_even",
+    elements: ElementSet | None = None,
 ) -> Tensor:
     """`fake_quantize` on a scale and zero point that already broadcast against x; for modules and search loops.
 
@@ -125,10 +143,14 @@ def fake_quantize_broadcast(
         quant_min: Lowest code.
         quant_max: Highest code.
         rounding: Named rule for the quotient.
+        elements: What codes stand for, where they are not evenly spaced; the four before it are not read then.
 
     Returns:
         Tensor: x's dtype [*shape].
     """
+    if elements is not None:
+        found: Tensor = _FakeElements.apply(x, scale, elements)  # type: ignore[no-untyped-call]
+        return found
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, rounding)  # type: ignore[no-untyped-call]
     return result
 
@@ -153,6 +175,27 @@ class _FakeQuantize(torch.autograd.Function):
         # One pass that keeps the gradient where low < code < high: 0.14 ms for 2 MB, against 0.54 with a bool mask.
         grad = torch.ops.aten.hardtanh_backward(grads[0].to(code.dtype), code, quant_min - 0.5, quant_max + 0.5)
         return grad.to(x.dtype), None, None, None, None, None
+
+
+class _FakeElements(torch.autograd.Function):
+    """As `_FakeQuantize`, onto a set of elements."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, elements: ElementSet) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.edges = elements.edges
+        return elements.round_to(x.float() / scale).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        grad = torch.ops.aten.hardtanh_backward(grads[0].float(), x.float() / scale, *ctx.edges)
+        return grad.to(x.dtype), None, None
+
+
+def _check_rounding(rounding: Rounding, name: str) -> None:
+    if rounding != "half_even":
+        raise RangeError(f"{name}: elements round to the nearest one; got rounding {rounding!r}. Use half_even.")
 
 
 def _unclamped(

@@ -53,7 +53,7 @@ def cross_entropy_qparams(logits: Tensor, grid: Grid, name: str = "tensor") -> Q
     check_range(low, high, name)
     best = least_loss(low, high, grid, CrossEntropy(logits, grid))
     scale, zero_point = best.scale.reshape(()), best.zero_point.reshape(())
-    return QParams(scale, zero_point, grid.quant_min, grid.quant_max, PerTensor())
+    return grid.qparams(scale, zero_point, PerTensor())
 
 
 class CrossEntropy:
@@ -65,7 +65,7 @@ class CrossEntropy:
 
     Args:
         logits: float32 [rows, classes], finite.
-        grid: Its code bounds.
+        grid: Its code bounds, or its elements.
     """
 
     def __init__(self, logits: Tensor, grid: Grid) -> None:
@@ -95,7 +95,9 @@ class CrossEntropy:
 
     def _block_loss(self, rows: Tensor, norms: Tensor, probabilities: Tensor, scale: Tensor, zero_point: int) -> Tensor:
         low, high = self._grid.quant_min - zero_point, self._grid.quant_max - zero_point
-        image = (rows / scale).round_().clamp_(low, high).mul_(scale)
+        elements, quotient = self._grid.elements, rows / scale
+        code = quotient.round_().clamp_(low, high) if elements is None else elements.round_to(quotient)
+        image = code.mul_(scale)
         change = image - rows
         mean = _row_sums(probabilities * change)
         centred = change.sub_(mean.float()[:, None])

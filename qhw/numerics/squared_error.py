@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from qhw.numerics.elements import ElementSet
 from qhw.numerics.grid import Grid
 from qhw.numerics.statistics import BINS_PER_SIGN, Histogram
 
@@ -23,12 +24,13 @@ class HistogramError:
 
         error = S2 - 2 t (K S1 - sum_k S1(b_k)) + t**2 (K**2 N - sum_k (2 k + 1) N(b_k))            (1)
 
-    which is exact for values at their bin's centre. A grid of more than 2,049 codes is finer than the bins: there the
-    values inside the grid count t**2 / 12 each, those of the middle bin 0, and the clipped ones by (1) with one code.
+    which is exact for values at their bin's centre. Elements that are not evenly spaced are tried on every bin that
+    holds values, to the same effect. A grid of more than 2,049 codes is finer than the bins: there the values inside
+    the grid count t**2 / 12 each, those of the middle bin 0, and the clipped ones by (1) with one code.
 
     Args:
         histogram: What was seen.
-        grid: Its code bounds.
+        grid: Its code bounds, or its elements.
     """
 
     def __init__(self, histogram: Histogram, grid: Grid) -> None:
@@ -36,6 +38,7 @@ class HistogramError:
         self._bin_width = histogram.bin_width
         self._centres = histogram.centres / histogram.bin_width
         counts = histogram.counts.double()
+        self._counts = counts
         self._n, self._s1, self._s2 = (_prefix(counts * self._centres**power) for power in (0, 1, 2))
         self._zeros = counts[BINS_PER_SIGN - 1]
 
@@ -50,11 +53,24 @@ class HistogramError:
             Tensor: float64 [candidates, 1].
         """
         t, z = scale.double() / self._bin_width, zero_point.double()
+        if self._grid.elements is not None:
+            return self._of_elements(t, self._grid.elements)
         if self._grid.span > _FINE_SPAN:
             return self._fine(t, z)
         size = max(1, _BOUNDS // self._grid.span)
         parts = zip(torch.split(t, size), torch.split(z, size), strict=True)
         return torch.cat([self._exact(*part) for part in parts])
+
+    def _of_elements(self, t: Tensor, elements: ElementSet) -> Tensor:
+        known = self._counts > 0
+        counts, centres = self._counts[known], self._centres[known]
+        size = max(1, _BOUNDS // max(len(centres), 1))
+        # float32, as the quotient that is rounded when the tensor is quantized.
+        errors = [
+            (elements.round_to((centres / part).float()).double().mul_(part).sub_(centres).square_() * counts).sum(1)
+            for part in torch.split(t, size)
+        ]
+        return torch.cat(errors)[:, None]
 
     def _exact(self, t: Tensor, z: Tensor) -> Tensor:
         k = torch.arange(self._grid.quant_min, self._grid.quant_max, dtype=torch.float64) - z
@@ -78,8 +94,8 @@ class TensorError:
     """Squared error of each row of a matrix, relative to the square of the row's power-of-two magnitude.
 
     Args:
-        rows: float32 [parameters, elements], finite.
-        grid: Its code bounds.
+        rows: float32 [parameters, elements], finite; on a grid without 0.0 also NaN, which is passed over.
+        grid: Its code bounds, or its elements.
         clipping_weight: The squared error of an element that the grid clips counts this much.
     """
 
@@ -90,7 +106,7 @@ class TensorError:
         # Plain numbers, where every candidate has the same zero point: two passes over the rows less.
         self._bounds = None if fixed is None else (grid.quant_min - fixed[0], grid.quant_max - fixed[0])
         # Every row is brought to a magnitude in [0.5, 1), exactly: the square of 1e30 would overflow float32.
-        magnitude = rows.abs().amax(1, keepdim=True).double()
+        magnitude = rows.abs().nan_to_num(0.0).amax(1, keepdim=True).double()
         self._unit = torch.ldexp(torch.ones_like(magnitude), -torch.frexp(magnitude).exponent)
         self._rows = (rows.double() * self._unit).float()
 
@@ -116,6 +132,8 @@ class TensorError:
         return total
 
     def _block_error(self, block: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        if self._grid.elements is not None:
+            return self._element_error(block, scale, self._grid.elements)
         code = (block / scale).round_()
         nearest = code.clone() if self._clipping_weight != 1.0 else None
         if self._bounds is None:
@@ -126,6 +144,15 @@ class TensorError:
         if nearest is not None:
             error = torch.where(nearest == code, error, error * self._clipping_weight)
         return error.sum(1).double()
+
+    def _element_error(self, block: Tensor, scale: Tensor, elements: ElementSet) -> Tensor:
+        quotient = block / scale
+        error = torch.addcmul(block, elements.round_to(quotient), scale, value=-1.0).square_()
+        if self._clipping_weight != 1.0:
+            low, high = elements.edges
+            inside = (quotient >= low) & (quotient <= high)
+            error = torch.where(inside, error, error * self._clipping_weight)
+        return error.nan_to_num_(0.0).sum(1).double()
 
 
 def _centres_below(bound: Tensor) -> Tensor:
