@@ -58,10 +58,10 @@ def bias_findings(site: Site, kernel: str, *, derived: bool) -> Iterator[Finding
 
 
 def _of_codes(path: str, rule: Bias, bias: Constant) -> Iterator[Finding]:
-    if bias.encoding is not None and bool((bias.encoding.zero_point != 0).any()):
-        if rule.zero_point in (None, 0):
-            got = f"zero point {int(bias.encoding.zero_point.flat[0])}"
-            yield Finding(f"{path}.zero_point", "must be 0", got, "Quantize it symmetrically.", bias.name)
+    zeros = bias.encoding.zero_point if bias.encoding is not None else np.zeros(())
+    if bool(zeros.any()) and rule.zero_point in (None, 0):
+        got = f"zero point {int(zeros.flat[0])}"
+        yield Finding(f"{path}.zero_point", "must be 0", got, "Quantize it symmetrically.", bias.name)
     if rule.bits is None or rule.bits == "unknown":
         yield unknown(f"{path}.bits", "unknown" if rule.bits else "the target does not say how wide a bias is")
         return

@@ -74,13 +74,20 @@ class Site:
             found.append(("output", row.output, Operand(self.output.tensor, self.output.encoding)))
         return found
 
-    def weight_rows(self) -> NDArray[np.int64] | None:
-        """Weight codes without their zero point, one row per output channel; None where the codes are not known."""
+    def weight_rows(self, order: str | None = None) -> NDArray[np.int64] | None:
+        """Weight codes without their zero point, one row per output channel; None where the codes are not known.
+
+        Args:
+            order: `channel_fastest` or `kernel_fastest`; absent: as they are stored.
+        """
         weight, axis = self.weight, self.operator.weight_axis
         if weight is None or weight.codes is None or weight.encoding is None or axis is None or weight.codes.size == 0:
             return None
         codes = weight.codes.astype(np.int64) - _spread(weight.encoding, weight.codes.shape)
         rows = np.moveaxis(codes, axis, 0)
+        if order is not None and self.operator.input_axis is not None and codes.ndim > 2:
+            inner = self.operator.input_axis + (1 if self.operator.input_axis < axis else 0)
+            rows = np.moveaxis(rows, inner, -1 if order == "channel_fastest" else 1)
         if self.kind == "ConvTranspose" and axis == 1:  # [in, out / groups, ...]: each group has its own rows
             groups = int(self.operator.attributes.get("groups", 1))
             if rows.shape[1] % groups == 0:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows an operator up to the next quantized tensor, and whether its kernel computes that along."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qhw.legality.artefact import ArtefactOperator, Encoding, Use
+from qhw.legality.finding import Finding, unknown
+from qhw.legality.settled import Settled
+from qhw.schema import Format, Kernel
+from qhw.schema import Operator as OperatorSpec
+
+__all__ = ["Chain", "chain_findings", "chain_of", "implied", "narrowed"]
+
+_NOTHING = ("Dropout", "Identity")
+"""What computes nothing at inference."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Operators behind one, with no quantizer between.
+
+    Attributes:
+        followers: In order; each reads nothing but the one before.
+        output: What the last of them writes, or the operator itself.
+    """
+
+    followers: tuple[ArtefactOperator, ...]
+    output: Use
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of the followers."""
+        return tuple(follower.kind for follower in self.followers)
+
+
+def chain_of(settled: Settled, operator: ArtefactOperator) -> Chain:
+    """Follow an operator's result to the first value that is quantized, read twice, or read with others."""
+    followers: list[ArtefactOperator] = []
+    output, seen = operator.output, {operator.name}
+    while output.encoding is None and output.tensor not in settled.artefact.outputs:
+        readers = settled.readers.get(output.tensor, ())
+        if len(readers) != 1 or len(readers[0].inputs) != 1 or readers[0].name in seen:
+            break
+        if readers[0].kind not in _NOTHING:
+            followers.append(readers[0])
+        seen.add(readers[0].name)
+        output = readers[0].output
+    if output.encoding is None:  # a chain that ends in the open: nothing of it is computed along
+        return Chain((), operator.output)
+    return Chain(tuple(followers), output)
+
+
+def implied(chain: Chain, formats: list[Format]) -> Chain:
+    """The chain without clips at its end that saturation on one of these formats does anyway."""
+    followers = list(chain.followers)
+    while followers and followers[-1].kind in ("Relu", "Clip") and chain.output.encoding is not None:
+        codes = _clip_codes(followers[-1], chain.output.encoding)
+        if codes is None or not any(_saturates(spec, codes, chain.output.encoding) for spec in formats):
+            break
+        followers.pop()
+    return Chain(tuple(followers), chain.output)
+
+
+def narrowed(chain: Chain) -> Use:
+    """What a chain writes, with the codes that clips in front of the quantizer leave."""
+    output, e = chain.output, chain.output.encoding
+    if e is None or e.signed is None or e.is_dynamic or e.scale.ndim:
+        return output
+    low, high = e.quant_min, e.quant_max
+    for follower in reversed(chain.followers):
+        codes = _clip_codes(follower, e) if follower.kind in ("Relu", "Clip") else None
+        if codes is None:
+            break
+        low, high = max(low, codes[0]), min(high, codes[1])
+    if low > high or (low, high) == (e.quant_min, e.quant_max):
+        return output
+    return replace(output, encoding=replace(e, quant_min=low, quant_max=high))
+
+
+def _clip_codes(clip: ArtefactOperator, e: Encoding) -> tuple[int, int] | None:
+    """The codes of a clip's bounds, rounded as a quantizer does."""
+    if e.is_dynamic or e.scale.ndim or e.is_float:
+        return None
+    ends = []
+    for field, end in (("minimum", e.quant_min), ("maximum", e.quant_max)):
+        bound = clip.attributes.get(field)
+        if bound is None:
+            ends.append(end)
+            continue
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            steps = float(np.rint(np.float32(bound) / np.float32(e.scale)))
+        if not np.isfinite(steps):
+            ends.append(end)
+        else:
+            ends.append(int(min(max(steps, -(2.0**62)), 2.0**62)) + int(e.zero_point))
+    return ends[0], ends[1]
+
+
+def _saturates(spec: Format, codes: tuple[int, int], e: Encoding) -> bool:
+    """Whether a format has no code beyond a clip's."""
+    if spec.quant_min is None or spec.quant_max is None or spec.is_signed != e.signed:
+        return False
+    return codes[0] <= spec.quant_min and spec.quant_max <= codes[1]
+
+
+def chain_findings(path: str, spec: OperatorSpec, kernel: str, row: Kernel, chain: Chain) -> Iterator[Finding]:
+    """Whether a kernel computes along what follows its operator."""
+    if not chain.followers:
+        return
+    clause, fused = f"{path}.fused", spec.fused
+    if row.fused is not None:
+        clause, fused = f"kernels.{kernel}.fused", row.fused
+    if not isinstance(fused, tuple):
+        why = "unknown" if fused else "the target does not say what is computed along"
+        yield unknown(clause, f"{why}: {', '.join(chain.kinds)}")
+        return
+    chains = [(entry,) if isinstance(entry, str) else entry for entry in fused]
+    if chain.kinds in chains:
+        return
+    listed = ", ".join(" + ".join(entry) for entry in chains) or "nothing"
+    first = chain.followers[0]
+    fix = f"Quantize the tensor before '{first.name}', or fold it."
+    got = f"{' + '.join(chain.kinds)} without a quantizer between"
+    yield Finding(clause, f"must be one of: {listed}", got, fix, distance=30)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grids that values have although no quantizer stands on them: behind and in front of what only moves values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS
+from qhw.legality.artefact import Artefact, ArtefactOperator, Encoding, Use
+
+__all__ = ["Settled", "settle"]
+
+_CARRYING = (VIEW_KINDS | MOVEMENT_KINDS) - {"Pad"}
+"""What gives back values of its input alone; a Pad may add others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """An artefact whose values have all grids that follow.
+
+    Attributes:
+        artefact: The model.
+        operators: In execution order.
+        readers: Value name -> operators that read it.
+    """
+
+    artefact: Artefact
+    operators: tuple[ArtefactOperator, ...]
+    readers: Mapping[str, tuple[ArtefactOperator, ...]]
+
+
+def settle(artefact: Artefact) -> Settled:
+    """Carry grids over views and data movement: forward where a result has none, then backward.
+
+    A convolution, a reshape and a quantizer are, to hardware that has no reshape, a convolution whose result is
+    quantized.
+    """
+    operators = list(artefact.operators)
+    known: dict[str, Encoding] = {}
+    for index, operator in enumerate(operators):
+        inputs = tuple(_filled(use, known) for use in operator.inputs)
+        output = operator.output
+        if operator.kind in _CARRYING and output.encoding is None and len(inputs) == 1 and inputs[0].encoding:
+            output = replace(output, encoding=inputs[0].encoding)
+            known[output.tensor] = inputs[0].encoding
+            for more in operator.more_outputs:
+                known[more.tensor] = inputs[0].encoding
+        operators[index] = replace(operator, inputs=inputs, output=output)
+    counts: dict[str, int] = {}
+    for operator in operators:
+        for use in operator.inputs:
+            counts[use.tensor] = counts.get(use.tensor, 0) + 1
+    wanted: dict[str, Encoding] = {}
+    for index in reversed(range(len(operators))):
+        operator = operators[index]
+        output = _filled(operator.output, wanted)
+        inputs = operator.inputs
+        alone = len(inputs) == 1 and counts[inputs[0].tensor] == 1 and inputs[0].tensor not in artefact.outputs
+        if operator.kind in _CARRYING and output.encoding is not None and alone and inputs[0].encoding is None:
+            wanted[inputs[0].tensor] = output.encoding
+            inputs = (replace(inputs[0], encoding=output.encoding),)
+        operators[index] = replace(operator, inputs=inputs, output=output)
+    readers: dict[str, list[ArtefactOperator]] = {}
+    for operator in operators:
+        for use in operator.inputs:
+            readers.setdefault(use.tensor, []).append(operator)
+    return Settled(artefact, tuple(operators), {name: tuple(found) for name, found in readers.items()})
+
+
+def _filled(use: Use, known: Mapping[str, Encoding]) -> Use:
+    return replace(use, encoding=known[use.tensor]) if use.encoding is None and use.tensor in known else use
