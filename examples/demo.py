@@ -14,19 +14,31 @@ from examples import digits
 from qhw.cli.words import accumulator_words
 from qhw.engine import SilentProgress, float_bytes, quantized_bytes
 from qhw.errors import QhwError
+from qhw.extension import default_registry
 
-TARGETS = ("whitepaper/generic-int8", "onnxruntime/cpu-x86-vnni", "google/litert-int8", "espressif/esp32-p4")
+RUNTIMES = ("onnxruntime/cpu-x86-vnni", "onnxruntime/cpu-x86-avx2")
 COLUMNS = ("target", "weights", "activations", "acc", "float", "sim", "in onnxruntime*", "agree", "on chip", "size, KB")
 LEFT_ALIGNED = 3
 WIDTH = 118
 
 LEGEND = """
 Top-1 in % on {samples} held-out scans: the float model, its simulation, and its ONNX artefact in onnxruntime on this
-machine (* a portability check, not the chip, except for onnxruntime/cpu-x86-vnni itself). agree: predictions of the
+machine (* a portability check, not the chip, except for {runtime} itself). agree: predictions of the
 simulation equal to the float model's. on chip: multiply-accumulates there. size: parameters, float -> codes.
-One result folder per target in out/; {seconds:.0f} s.
+{saturates}One result folder per target in out/; {seconds:.0f} s.
 Next: qhw plan examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
 Your own chip in a dozen lines: README, "Declare an accelerator"."""
+
+SATURATES = """This CPU has no VNNI: onnxruntime adds pairs of uint8 and int8 products in 16 bits here, which saturate.
+{runtime} says so, and its weights are made to fit; artefacts for targets that do not may lose.
+"""
+
+
+def runtime_here() -> str:
+    """The first of RUNTIMES whose arithmetic this machine has; the first of all where the system does not tell."""
+    flags = set(default_registry().executor("onnxruntime")().versions()["cpu"].split())
+    wanted = {name: qhw.load_target(name).artefact.host_cpu_flags for name in RUNTIMES}
+    return next((name for name in RUNTIMES if flags.intersection(wanted[name])), RUNTIMES[0])
 
 
 def main() -> None:
@@ -38,7 +50,8 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     algorithms: list[str] = []
     samples = 0
-    for name in TARGETS:
+    runtime = runtime_here()
+    for name in ("whitepaper/generic-int8", runtime, "google/litert-int8", "espressif/esp32-p4"):
         print(f"{name} ...", file=sys.stderr)
         target = qhw.load_target(name)
         plan = qhw.plan(graph, target, calibration=digits.calibration())
@@ -55,7 +68,9 @@ def main() -> None:
         algorithms.append(", ".join(step.algorithm for step in plan.steps))
         rows.append(_row(graph, target, plan, result, scores))
     _print(rows, algorithms)
-    print(LEGEND.format(samples=samples, seconds=time.perf_counter() - started))
+    saturates = "" if runtime == RUNTIMES[0] else SATURATES.format(runtime=runtime)
+    seconds = time.perf_counter() - started
+    print(LEGEND.format(samples=samples, seconds=seconds, runtime=runtime, saturates=saturates))
 
 
 def _print(rows: list[tuple[str, ...]], algorithms: list[str]) -> None:
