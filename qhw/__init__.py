@@ -19,6 +19,7 @@ __all__ = [
     "TargetSpec",
     "__version__",
     "capture",
+    "cost",
     "evaluate",
     "export",
     "freeze",
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qhw.api import export, load, load_target, plan, quantize, save
+    from qhw.costs import cost
     from qhw.decisions import QuantPlan
     from qhw.engine import QuantizedModel
     from qhw.errors import QhwError
@@ -53,6 +55,7 @@ _PLACES = {
     "QuantizedModel": "qhw.engine",
     "TargetSpec": "qhw.schema",
     "capture": "qhw.graph",
+    "cost": "qhw.costs",
     "evaluate": "qhw.evaluation",
     "golden": "qhw.golden_vectors",
     "verify": "qhw.verification",

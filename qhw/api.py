@@ -35,7 +35,7 @@ from qhw.graph import ExampleInputs, Graph, capture
 from qhw.graph.forms import DTYPES
 from qhw.schema import TargetSpec, load_target_file
 
-__all__ = ["export", "exporter_for", "load", "load_target", "plan", "quantize", "save"]
+__all__ = ["export", "exporter_for", "graph_of", "load", "load_target", "plan", "quantize", "save", "target_of"]
 
 Model = nn.Module | Graph
 """A module, or what `qhw.capture` made of it (capturing is then paid once)."""
@@ -98,7 +98,7 @@ def plan(
         PlanError: no algorithm fits a point, or a wish cannot be met; says which fields of the target decided.
     """
     registry = registry or default_registry()
-    graph = _graph(model, example_inputs)
+    graph = graph_of(model, example_inputs)
     spec = target if isinstance(target, TargetSpec) else load_target(target, registry=registry)
     overrides = Overrides.of(pipeline, prefer, without, keep_float, formats, options)
     labels = calibration is not None and has_labels(calibration, graph)
@@ -153,15 +153,15 @@ def quantize(
         if wishes:
             raise PlanError(f"quantize: '{next(iter(wishes))}' is decided by the plan already. Pass it to qhw.plan.")
         made = plan_or_target
-        graph = _graph(model, example_inputs if example_inputs is not None else _examples(made, model))
-        spec = _target_of(made, target, registry)
+        graph = graph_of(model, example_inputs if example_inputs is not None else _examples(made, model))
+        spec = target_of(made, target, registry)
         data = _calibration(calibration, graph)
     else:
         if target is not None:
             raise PlanError(
                 "quantize: target= goes with a plan; here the second argument is a target already. Drop one."
             )
-        graph = _graph(model, example_inputs)
+        graph = graph_of(model, example_inputs)
         spec = (
             plan_or_target if isinstance(plan_or_target, TargetSpec) else load_target(plan_or_target, registry=registry)
         )
@@ -209,13 +209,17 @@ def save(
     return save_result(result, Path(folder), write_more, keep_samples=samples)
 
 
-def load(folder: str | os.PathLike[str]) -> QuantizedModel:
+def load(folder: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
     """Read a result folder. Runs no code from it.
+
+    Args:
+        folder: What `save` wrote.
+        registry: Plugins that know kinds of numbers; absent: all that are installed, asked only where one is needed.
 
     Raises:
         ResultError: it is no result folder, or a file in it is missing or was changed.
     """
-    return load_result(Path(folder))
+    return load_result(Path(folder), registry)
 
 
 def export(
@@ -295,7 +299,12 @@ def _known(exporter: type[Exporter]) -> str:
     return ", ".join(exporter.Options.model_fields) or "none"
 
 
-def _graph(model: Model, example_inputs: ExampleInputs | None) -> Graph:
+def graph_of(model: Model, example_inputs: ExampleInputs | None) -> Graph:
+    """A model as a captured graph.
+
+    Raises:
+        CaptureError: it is no graph yet, and there are no example inputs to capture it with.
+    """
     if isinstance(model, Graph):
         return model
     if example_inputs is None:
@@ -303,7 +312,7 @@ def _graph(model: Model, example_inputs: ExampleInputs | None) -> Graph:
     return capture(model, example_inputs)
 
 
-def _target_of(made: QuantPlan, target: TargetSpec | str | os.PathLike[str] | None, registry: Registry) -> TargetSpec:
+def target_of(made: QuantPlan, target: TargetSpec | str | os.PathLike[str] | None, registry: Registry) -> TargetSpec:
     """The target given with a plan, else the one it was made for, else the one that its name stands for."""
     if isinstance(target, TargetSpec):
         return target

@@ -66,7 +66,7 @@ class Kernel(Table):
     fused: Fused | Unknown | None = recorded(
         "Operators this kernel takes in, where it differs from the operator's own list."
     )
-    macs_per_cycle: Positive | Unknown | None = recorded("Multiply-accumulates per clock cycle at full use.")
+    macs_per_cycle: Positive | Unknown | None = used("Multiply-accumulates per clock cycle at full use.")
     simd_lanes: Count | Unknown | None = recorded("Elements one instruction or one weight word holds.")
     preference_cost: Amount | Unknown | None = recorded(
         "Cost of choosing this kernel over another legal one (0: native)."

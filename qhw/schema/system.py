@@ -52,33 +52,36 @@ class Network(Table):
 class Memory(Table):
     """One memory, for the roofline."""
 
-    capacity_bytes: Count | Unknown | None = recorded("Size.")
-    bandwidth_bytes_per_s: Positive | Unknown | None = recorded("Bandwidth of one port at the default clock.")
-    ports: Count | Unknown | None = recorded("Ports that can be used at once.")
-    holds: tuple[Literal["weights", "activations", "biases", "tables"], ...] | Unknown | None = recorded(
-        "What it stores."
+    capacity_bytes: Count | Unknown | None = used("Size.")
+    bandwidth_bytes_per_s: Positive | Unknown | None = used("Bandwidth of one port at the default clock.")
+    ports: Count | Unknown | None = used("Ports that can be used at once.")
+    holds: tuple[Literal["weights", "activations", "biases", "tables"], ...] | Unknown | None = used(
+        "What it stores. Memories stand in the order of their distance from the arithmetic, the nearest first."
     )
-    past_capacity: Literal["stream", "spill", "refuse"] | Unknown | None = recorded(
-        "What happens to what does not fit."
+    past_capacity: Literal["stream", "spill", "refuse"] | Unknown | None = used(
+        "What happens to what does not fit: it comes from the next memory that holds its kind, each time it is used "
+        "(`stream`), or goes there and back (`spill`), or the network is refused."
     )
 
 
 class Clock(Table):
     """One clock preset, for the roofline."""
 
-    clock_hz: Positive | Unknown | None = recorded("Clock of the multiply-accumulate units.")
-    bandwidth_bytes_per_s: dict[Id, Positive] | Unknown | None = recorded("Bandwidth per memory under this preset.")
-    is_default: bool | None = recorded("True for the preset to assume where none is asked for.")
+    clock_hz: Positive | Unknown | None = used("Clock of the multiply-accumulate units.")
+    bandwidth_bytes_per_s: dict[Id, Positive] | Unknown | None = used(
+        "Bandwidth of a memory, all its ports together, under this preset; others keep their own under the default one."
+    )
+    is_default: bool | None = used("True for the preset to assume where none is asked for.")
 
 
 class Cost(Table):
     """What else decides how long a network takes."""
 
-    channel_multiple: Count | Unknown | None = recorded("Channels are rounded up to a multiple of this.")
-    weight_compression: Literal["none", "lossless"] | Unknown | None = recorded("How weights are stored.")
-    elementwise_per_cycle: Positive | Unknown | None = recorded("Elementwise results per clock cycle.")
-    peak_ops_per_s: Positive | Unknown | None = recorded("Published peak; one multiply-accumulate is two operations.")
-    power_w: Amount | Unknown | None = recorded("Power at the peak.")
+    channel_multiple: Count | Unknown | None = used("Channels are rounded up to a multiple of this.")
+    weight_compression: Literal["none", "lossless"] | Unknown | None = used("How weights are stored.")
+    elementwise_per_cycle: Positive | Unknown | None = used("Elementwise results per clock cycle.")
+    peak_ops_per_s: Positive | Unknown | None = used("Published peak; one multiply-accumulate is two operations.")
+    power_w: Amount | Unknown | None = used("Power at the peak.")
 
 
 class Reading(Table):
