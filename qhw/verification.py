@@ -25,6 +25,7 @@ from qhw.engine import (
 from qhw.errors import CalibrationError, IntegerError
 from qhw.extension import Registry, default_registry
 from qhw.integer import Difference, IntegerModel, Proof, differences, prove_accumulators, simulated_codes
+from qhw.integer.float_result import in_float
 
 __all__ = ["Remainder", "Verification", "check_rest", "verify"]
 
@@ -42,7 +43,7 @@ class Verification:
         artefact: Integer codes against those of the artefact in its runtime; empty where it was not run.
         runtime: Its name and versions; empty where it was not run.
         not_run: Why the artefact was not run, in words; None where it was.
-        host: Operators that run in float32 on the host.
+        host: Operators that run in float32: on the host, or with a float result.
         overflowing: Operators whose sums some input makes overflow.
     """
 
@@ -126,7 +127,7 @@ def verify(
                 _add(artefacts, differences(mine, _runtime_codes(result, call, batch)))
     if call is not None and simulated and not artefacts:
         raise IntegerError(f"{artefact}: shows codes of no tensor of this result. Export the result again.")
-    host = tuple(operator.name for operator in result.plan.operators if operator.where == "host")
+    host = in_float(result)
     overflowing = tuple(proof.operator for proof in _proofs(result, progress) if proof.overflowing_channels)
     compared = tuple(simulated.values()), tuple(artefacts.values())
     return Verification(samples, *compared, runtime, not_run, host, overflowing)

@@ -1,40 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a target's format to the plain grid and granularity that the numerics work with."""
 
+from qhw.engine.number_formats import elements_of
 from qhw.errors import PlanError
+from qhw.extension import Registry
 from qhw.graph import QuantPoint
 from qhw.numerics import Granularity, Grid, PerAxis, PerGroup, PerTensor
+from qhw.numerics.grid import ScaleKind
 from qhw.schema import Format, TargetSpec
 from qhw.schema import Scale as ScaleSpec
 
 __all__ = ["granularity_of", "grid_of"]
 
 
-def grid_of(target: TargetSpec, name: str) -> Grid:
+def grid_of(target: TargetSpec, name: str, registry: Registry | None = None) -> Grid:
     """The grid of a format.
 
+    Args:
+        target: The accelerator.
+        name: A format of it.
+        registry: Plugins that know kinds of numbers; absent: all that are installed, asked only where one is needed.
+
     Raises:
-        PlanError: the format does not say enough, or says something that is recorded only.
+        PlanError: the format does not say enough, or says something that is recorded only, or no plugin knows its kind.
     """
     spec = target.formats[name]
     reason = spec.unplannable_reason
     if reason is not None:
         raise PlanError(f"{target.name}: formats.{name}.{reason}. Choose another format, or state it in a target file.")
-    low, high = spec.quant_min, spec.quant_max
+    elements = elements_of(target, name, registry)
+    low, high = (spec.quant_min, spec.quant_max) if elements is None else elements.code_bounds
     if low is None or high is None:  # excluded by unplannable_reason; said again for the type checker
         raise PlanError(f"{target.name}: formats.{name}.codes: not known.")
     scale = spec.scale if isinstance(spec.scale, ScaleSpec) else ScaleSpec()
-    kind = scale.kind if scale.kind in ("power_of_two", "fixed", "enumerated") else "float32"
+    kind: ScaleKind = scale.kind if scale.kind not in ("fixed_point", "unknown") else "float32"
     return Grid(
         quant_min=low,
         quant_max=high,
-        zero_point=spec.zero_point if isinstance(spec.zero_point, int | tuple) else None,
+        zero_point=0 if not spec.is_uniform else spec.zero_point if isinstance(spec.zero_point, int | tuple) else None,
         scale_kind=kind,
         scale_min=_number(scale.min),
         scale_max=_number(scale.max),
         scale_values=scale.values if isinstance(scale.values, tuple) else (),
         exponent_min=scale.exponent_min if isinstance(scale.exponent_min, int) else None,
         exponent_max=scale.exponent_max if isinstance(scale.exponent_max, int) else None,
+        elements=elements,
     )
 
 
@@ -43,7 +53,7 @@ def granularity_of(spec: Format, point: QuantPoint) -> Granularity:
     if point.role != "weight" or spec.per == "tensor" or point.axis is None:
         return PerTensor()
     if spec.per == "group":
-        size = spec.group_size if isinstance(spec.group_size, int) else max(_sizes(spec))
+        size = point.group_size or (spec.group_size if isinstance(spec.group_size, int) else max(_sizes(spec)))
         return PerGroup(axis=1 if point.axis == 0 else 0, group_size=size)
     return PerAxis(point.axis)
 

@@ -131,6 +131,7 @@ def _reduction(node: fx.Node, kind: str) -> tuple[str, dict[str, Any]]:
     axes = sorted(axis % max(len(source), 1) for axis in listed)
     found: dict[str, Any] = {
         "axes": axes,
+        "axis_rank": len(source),
         "keepdim": bool(argument(node, 2, "keepdim", False)),
         "reduced_elements": math.prod(source[axis] for axis in axes),
     }

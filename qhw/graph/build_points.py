@@ -3,12 +3,14 @@
 
 from collections.abc import Iterator, Mapping
 
-from qhw.graph.cells import Cell, Cells
+from qhw.graph.cell import Cell
+from qhw.graph.cells import Cells
 from qhw.graph.graph import Graph
 from qhw.graph.points import FixedEncoding, QuantPoint
+from qhw.graph.rows import group_size
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
 from qhw.graph.ties import group_encodings
-from qhw.schema import TargetSpec
+from qhw.schema import WEIGHTED_KINDS, TargetSpec
 
 __all__ = ["PointBuilder"]
 
@@ -36,7 +38,7 @@ class PointBuilder:
         self._target = target
         self._found = found
         self._choice = choice
-        self._writers = {cell.output: cell for cell in found.cells}
+        self._writers = {cell.output: cell for cell in found.cells if not cell.gives_float}
         self._encodings = group_encodings(found.cells, choice.formats, choice.edges)
 
     def points(self) -> Iterator[QuantPoint]:
@@ -50,7 +52,7 @@ class PointBuilder:
                 if edge(cell.operator.name, index) in self._choice.edges:
                     yield self._edge_point(cell, index)
             yield from self._parameter_points(cell, seen)
-            if tensor(cell.output) in self._choice.formats:
+            if not cell.gives_float:
                 yield self._tensor_point(cell.output, cell)
 
     def _readers(self, name: str) -> tuple[str, ...]:
@@ -102,22 +104,24 @@ class PointBuilder:
         )
 
     def _parameter_points(self, cell: Cell, seen: set[str]) -> Iterator[QuantPoint]:
-        operator = cell.operator
-        if operator.weight is None or not cell.kernels:
+        operator, name = cell.operator, cell.weight
+        if name is None:
             return
-        if operator.weight not in seen:
-            seen.add(operator.weight)
-            legal = self._choice.formats[weight(operator.weight)]
+        if name not in seen:
+            seen.add(name)
+            legal = self._choice.formats[weight(name)]
+            form = self._target.formats[legal[0]]
             yield QuantPoint(
-                name=operator.weight,
+                name=name,
                 role="weight",
                 operator=operator.name,
-                tensor=operator.weight,
-                consumers=tuple(c.operator.name for c in self._found.cells if c.operator.weight == operator.weight),
+                tensor=name,
+                consumers=tuple(c.operator.name for c in self._found.cells if c.weight == name),
                 legal=legal,
                 format=legal[0],
-                group=operator.weight,
+                group=name,
                 axis=operator.weight_axis,
+                group_size=group_size(form, operator) if form.per == "group" else None,
             )
         rule = self._bias_rule(cell)
         if rule is None:
@@ -142,12 +146,12 @@ class PointBuilder:
         """Id of the bias rule, where the operator has a bias or gets one, and the rule quantizes it."""
         operator = cell.operator
         readers = self._graph.consumers(operator.name)
-        if operator.bias is None and all(self._found.placements[r.name].where != "folded" for r in readers):
-            return None
+        has_bias = operator.bias is not None or any(self._found.placements[r.name].where == "folded" for r in readers)
         rule = self._target.kernels[self._choice.kernels[operator.name][0]].bias
         if rule in (None, "none", "unknown") or self._target.biases[str(rule)].bits in (None, "float", "unknown"):
             return None
-        return str(rule)
+        gets_one = has_bias or (self._target.biases[str(rule)].required is True and operator.kind in WEIGHTED_KINDS)
+        return str(rule) if gets_one else None
 
     def _group(self, slot: Slot) -> str:
         slot = self._choice.groups.get(slot, slot)

@@ -6,77 +6,41 @@ step folds away carry their input's tensor.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
+from qhw.graph.cell import TWO_OPERANDS, Cell
 from qhw.graph.graph import Graph
 from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.graph.limits import violated_limit
+from qhw.graph.network import violated_network_limit
 from qhw.graph.operator import Operator
 from qhw.graph.points import OperatorPlacement
+from qhw.graph.rows import activations_of, held_formats, missing_field, preferred
 from qhw.schema import WEIGHTED_KINDS, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["Cell", "Cells", "find_cells"]
+__all__ = ["Cell", "Cells", "Wishes", "find_cells"]
 
-_TWO_OPERANDS = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "MatMul"})
+Reason = tuple[str, str]
+"""Field of the target or fact of the graph, and what it decides, in words."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An operator that the accelerator runs.
+class Wishes:
+    """What leaves an operator to the host, or a kernel out, besides the target.
 
     Attributes:
-        operator: The operator whose kernel it is.
-        spec: The target's row for it.
-        path: Field path of that row.
-        members: Names of the operators computed along, this one first; without what is folded away.
-        inputs: Tensors it reads that may be quantized.
-        output: The tensor it writes, under its name once the plan has run.
-        kernels: Kernel ids by their rows; empty for an operator that only moves data.
-        activations: Formats that an activation can have here.
-        parameters: Formats that the constant operand can have here.
+        absorbed: Operators that planned steps fold into their producer.
+        keep_float: Operators that the user keeps on the host.
+        formats: Point name or pattern -> format id that the user demands there.
+        excluded: Operators that the network as a whole has no room for, each with the reason.
     """
 
-    operator: Operator
-    spec: OperatorSpec
-    path: str
-    members: tuple[str, ...]
-    inputs: tuple[str, ...]
-    output: str
-    kernels: Mapping[str, Kernel]
-    activations: frozenset[str]
-    parameters: frozenset[str]
-
-    def operand_formats(self, kernel: str, index: int) -> tuple[str, ...]:
-        """Format ids that a kernel allows for one operand that is an activation."""
-        row = self.kernels[kernel]
-        position = index + 1 if self.operator.attributes.get("weight_operand") == 0 else index
-        second = position == 1 and self.operator.kind in _TWO_OPERANDS
-        return _listed(row.weight if second and isinstance(row.weight, tuple) else row.input, self.activations)
-
-    def weight_formats(self, kernel: str) -> tuple[str, ...]:
-        """Format ids that a kernel allows for the constant operand."""
-        row = self.kernels[kernel]
-        two = self.operator.kind in _TWO_OPERANDS
-        first = two and (not isinstance(row.weight, tuple) or self.operator.attributes.get("weight_operand") == 0)
-        return _listed(row.input if first else row.weight, self.parameters)
-
-    def output_formats(self, kernel: str) -> tuple[str, ...]:
-        """Format ids that a kernel allows for the result."""
-        return _listed(self.kernels[kernel].output, self.activations)
-
-    def activation_formats(self) -> tuple[str, ...]:
-        """Format ids that any of its kernels allows for any activation."""
-        found: list[str] = []
-        for kernel in self.kernels:
-            for index in range(len(self.inputs)):
-                found.extend(self.operand_formats(kernel, index))
-            found.extend(self.output_formats(kernel))
-        return tuple(dict.fromkeys(found))
-
-
-def _listed(formats: object, usable: Collection[str]) -> tuple[str, ...]:
-    return tuple(name for name in formats if name in usable) if isinstance(formats, tuple) else ()
+    absorbed: Collection[str] = ()
+    keep_float: Collection[str] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, Reason] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,31 +52,33 @@ class Cells:
     tensor_of: Mapping[str, str]
 
 
-def find_cells(graph: Graph, target: TargetSpec, absorbed: Collection[str], keep_float: Collection[str]) -> Cells:
+def find_cells(graph: Graph, target: TargetSpec, wishes: Wishes) -> Cells:
     """Read a graph as cells.
 
     Args:
         graph: The captured model.
         target: The accelerator.
-        absorbed: Operators that planned steps fold into their producer.
-        keep_float: Operators that the user keeps on the host.
+        wishes: What else decides.
     """
-    tensor_of = _tensors(graph, absorbed)
-    reader = _Reader(graph, target, frozenset(absorbed), frozenset(keep_float), tensor_of)
-    cells = _connected(reader.cells())
-    kept = {cell.operator.name for cell in cells}
+    hosted = _hosted_views(graph, target, wishes.absorbed)
+    tensor_of = _tensors(graph, wishes.absorbed, hosted)
+    reader = _Reader(graph, target, wishes, tensor_of, hosted)
+    cells = _at_edge(graph, target, _connected(reader.cells()), tensor_of)
+    anchors = {cell.operator.name: cell for cell in cells}
     members = {member: cell for cell in cells for member in cell.members[1:]}
     placed: dict[str, OperatorPlacement] = {}
     for operator in graph.operators:
         name = operator.name
-        if name in absorbed:
+        if name in wishes.absorbed:
             folded = _placement(operator, "folded", "graph", "folded into the operator before it")
             placed[name] = folded.model_copy(update={"fused_into": operator.inputs[0]})
         elif name in members:
             placed[name] = _fused(operator, members[name])
-        elif name in kept:
-            cell = next(cell for cell in cells if cell.operator.name == name)
+        elif name in anchors:
+            cell = anchors[name]
             placed[name] = _placement(operator, "accelerator", f"{cell.path}.kernels", "", cell.members)
+        elif name in hosted:
+            placed[name] = _placement(operator, "host", *hosted[name])
         elif operator.is_view:
             source = placed.get(operator.inputs[0])
             where = "host" if source is not None and source.where == "host" else "accelerator"
@@ -123,9 +89,32 @@ def find_cells(graph: Graph, target: TargetSpec, absorbed: Collection[str], keep
     return Cells(cells, placed, tensor_of)
 
 
+def _hosted_views(graph: Graph, target: TargetSpec, absorbed: Collection[str]) -> dict[str, Reason]:
+    """Views that the target does not have, or not in this shape: the host computes them, as any other operator."""
+    found: dict[str, Reason] = {}
+    for operator in graph.operators:
+        if not operator.is_view or operator.name in absorbed or operator.kind in ("Dropout", "Identity"):
+            if operator.kind == "Identity" and operator.inputs[0] in found:
+                source = graph.operator(operator.inputs[0])
+                if source.kind == "Split":
+                    found[operator.name] = ("graph", f"a part of '{source.name}', which the host splits")
+            continue
+        spec, path = target.operators.get(operator.kind), f"operators.{operator.kind}"
+        broken = None if spec is None else violated_limit(operator, spec.limits)
+        if spec is not None and spec.kernels == ():
+            found[operator.name] = (f"{path}.kernels", "the target lists no kernel for it")
+        elif broken is not None:
+            found[operator.name] = (f"{path}.limits.{broken[0]}", f"{broken[0]} {broken[1]} is outside the limit")
+        else:
+            limit = violated_network_limit(graph, target, operator)
+            if limit is not None:
+                found[operator.name] = limit
+    return found
+
+
 def _connected(cells: list[Cell]) -> tuple[Cell, ...]:
     """The cells without those that only move data between tensors that no kernel reads or writes."""
-    anchored = {tensor for cell in cells if cell.kernels for tensor in (*cell.inputs, cell.output)}
+    anchored = {tensor for cell in cells if cell.kernels for tensor in _coded(cell)}
     movers = [cell for cell in cells if not cell.kernels]
     grown = True
     while grown:
@@ -136,11 +125,37 @@ def _connected(cells: list[Cell]) -> tuple[Cell, ...]:
     return tuple(cell for cell in cells if cell.kernels or not anchored.isdisjoint((*cell.inputs, cell.output)))
 
 
-def _tensors(graph: Graph, absorbed: Collection[str]) -> dict[str, str]:
+def _coded(cell: Cell) -> tuple[str, ...]:
+    return cell.inputs if cell.gives_float else (*cell.inputs, cell.output)
+
+
+def _at_edge(
+    graph: Graph, target: TargetSpec, cells: tuple[Cell, ...], tensor_of: Mapping[str, str]
+) -> tuple[Cell, ...]:
+    """Cells with what the target says of results that leave the network, where no cell reads them."""
+    boundary = target.boundary
+    if boundary is None:
+        return cells
+    read = {name for cell in cells for name in cell.inputs}
+    leaving = {tensor_of[name] for name in graph.output_values} - read
+
+    def with_edge(cell: Cell) -> Cell:
+        if cell.output not in leaving or cell.gives_float:
+            return cell
+        if boundary.outputs == "float":
+            return replace(cell, gives_float=True)
+        # What only moves data has no kernel whose formats could be replaced; it gives what it reads.
+        formats = boundary.output_formats
+        return replace(cell, at_edge=formats) if isinstance(formats, tuple) and cell.kernels else cell
+
+    return tuple(map(with_edge, cells))
+
+
+def _tensors(graph: Graph, absorbed: Collection[str], hosted: Collection[str]) -> dict[str, str]:
     """Value name to the name of the tensor it is, once absorbed operators are gone and views are looked through."""
     tensor_of = {name: name for name in graph.inputs}
     for operator in graph.operators:
-        seen_through = operator.name in absorbed or operator.is_view
+        seen_through = operator.name in absorbed or (operator.is_view and operator.name not in hosted)
         tensor_of[operator.name] = tensor_of[operator.inputs[0]] if seen_through else operator.name
     return tensor_of
 
@@ -173,33 +188,40 @@ class _Reader:
         self,
         graph: Graph,
         target: TargetSpec,
-        absorbed: frozenset[str],
-        keep_float: frozenset[str],
+        wishes: Wishes,
         tensor_of: Mapping[str, str],
+        hosted: Mapping[str, Reason],
     ) -> None:
         self._graph = graph
         self._target = target
-        self._absorbed = absorbed
-        self._keep_float = keep_float
+        self._absorbed = frozenset(wishes.absorbed)
+        self._keep_float = frozenset(wishes.keep_float)
+        self._wishes = wishes
         self._tensor_of = tensor_of
+        self._hosted = hosted
         self._outputs = frozenset(graph.output_values)
-        self.refused: dict[str, tuple[str, str]] = {}
+        self._activations = activations_of(target)
+        self._layers = 0
+        self.refused: dict[str, Reason] = {}
 
     def cells(self) -> list[Cell]:
         found: list[Cell] = []
         taken: set[str] = set()
         for operator in self._graph.operators:
+            if operator.name in self._hosted:
+                self.refused[operator.name] = self._hosted[operator.name]
             if operator.name in taken or operator.name in self._absorbed or operator.is_view:
                 continue
             cell = self._cell(operator)
             if isinstance(cell, Cell):
                 found.append(cell)
                 taken.update(cell.members)
+                self._layers += bool(cell.kernels)
             else:
                 self.refused[operator.name] = cell
         return found
 
-    def _cell(self, operator: Operator) -> Cell | tuple[str, str]:
+    def _cell(self, operator: Operator) -> Cell | Reason:
         """The operator's cell, or the field and reason that put it on the host."""
         if self._target.fallback == "single_partition" and self.refused:
             first = next(iter(self.refused))
@@ -209,6 +231,9 @@ class _Reader:
         unfit = _unfit(operator)
         if unfit is not None:
             return ("graph", unfit)
+        beyond = violated_network_limit(self._graph, self._target, operator) or self._wishes.excluded.get(operator.name)
+        if beyond is not None:
+            return beyond
         reason = (f"operators.{operator.kind}", "the target does not list it")
         for kind in (operator.kind, *FALLBACK_KINDS.get(operator.kind, ())):
             spec = self._target.operators.get(kind)
@@ -221,27 +246,44 @@ class _Reader:
                 continue
             cell = self._cell_of(operator, spec, path)
             if isinstance(cell, Cell):
-                return cell
+                return self._too_late(cell) or cell
             reason = cell
         return reason
 
-    def _cell_of(self, operator: Operator, spec: OperatorSpec, path: str) -> Cell | tuple[str, str]:
+    def _too_late(self, cell: Cell) -> Reason | None:
+        """Whether the network has as many layers already as it may, or reads what crosses the edge in float."""
+        most = self._target.network.max_layers if self._target.network is not None else None
+        if cell.kernels and isinstance(most, int) and self._layers >= most:
+            return ("network.max_layers", f"{most} layers come before it, which is the most")
+        boundary = self._target.boundary
+        given = [name for name in cell.inputs if name in self._graph.inputs]
+        if given and boundary is not None and boundary.inputs == "float":
+            return ("boundary.inputs", f"it reads the network's input '{given[0]}', which is not quantized")
+        return None
+
+    def _cell_of(self, operator: Operator, spec: OperatorSpec, path: str) -> Cell | Reason:
         if operator.weight in self._keep_float:
             return ("--keep-float", "kept in float by request")
-        if operator.weight is not None and operator.kind in _TWO_OPERANDS and spec.same_scale in ("inputs", "all"):
+        has_constant = operator.weight is not None and operator.kind in TWO_OPERANDS and spec.parameters != "float"
+        if has_constant and spec.same_scale in ("inputs", "all"):
             return (f"{path}.same_scale", "its constant operand would need the scale of the other one")
         inputs = tuple(self._tensor_of[name] for name in operator.inputs if self._is_float(name))
-        found = self._kernels(operator, spec, path, inputs)
-        if isinstance(found, tuple):
-            return found
-        members, last = self._chain(operator, spec)
-        activations = frozenset(name for name in self._target.formats if _reason(self._target, name, None) is None)
-        parameters = frozenset(name for name in self._target.formats if _reason(self._target, name, operator) is None)
-        cell = Cell(operator, spec, path, members, inputs, self._tensor_of[last], found, activations, parameters)
-        tied = {kernel: row for kernel, row in found.items() if _can_share(cell, kernel)}
-        if found and not tied:
+        has_bias = self._has_bias(operator)
+        rows = self._kernels(operator, spec, path, bool(inputs), has_bias)
+        if isinstance(rows, tuple):
+            return rows
+        rows, (members, last) = self._with_chain(operator, spec, rows)
+        held = {name: held_formats(self._target, operator, spec, row, has_bias) for name, row in rows.items()}
+        output = self._tensor_of[last]
+        gives_float = spec.output == "float"
+        cell = Cell(operator, spec, path, members, inputs, output, rows, self._activations, held, gives_float)
+        tied = {kernel: row for kernel, row in rows.items() if _can_share(cell, kernel)}
+        if rows and not tied:
             return (f"{path}.same_scale", f"no format of its kernels fits all that share a scale ({spec.same_scale})")
-        return replace(cell, kernels=tied)
+        narrow = {kernel: row for kernel, row in tied.items() if _can_keep_width(self._target, cell, kernel)}
+        if rows and not narrow:
+            return (f"{path}.may_change_precision", "no kernel of it has one width for all that it reads and gives")
+        return replace(cell, kernels=narrow)
 
     def _is_float(self, value: str) -> bool:
         dtypes = self._graph.input_dtypes
@@ -249,28 +291,59 @@ class _Reader:
             dtypes[value].startswith(("float", "bfloat")) if value in dtypes else self._graph.operator(value).is_float
         )
 
+    def _has_bias(self, operator: Operator) -> bool:
+        readers = self._graph.consumers(operator.name)
+        return operator.bias is not None or any(reader.name in self._absorbed for reader in readers)
+
     def _kernels(
-        self, operator: Operator, spec: OperatorSpec, path: str, inputs: tuple[str, ...]
-    ) -> dict[str, Kernel] | tuple[str, str]:
-        """The rows that can hold this operator at all; or the field and reason why there is none."""
+        self, operator: Operator, spec: OperatorSpec, path: str, reads: bool, has_bias: bool
+    ) -> dict[str, Kernel] | Reason:
+        """The rows that can hold this operator at all, preferred first; or the field and reason why there is none."""
         if spec.kernels is None and operator.weight is None:
-            return {} if inputs else (f"{path}.kernels", "the target lists no kernel for it")
+            return {} if reads else (f"{path}.kernels", "the target lists no kernel for it")
         if not isinstance(spec.kernels, tuple) or not spec.kernels:
             return (f"{path}.kernels", "unknown" if spec.kernels == "unknown" else "the target lists no kernel for it")
-        readers = self._graph.consumers(operator.name)
-        has_bias = operator.bias is not None or any(reader.name in self._absorbed for reader in readers)
         reason = (f"{path}.kernels", "no kernel holds it")
         rows: dict[str, Kernel] = {}
-        for name in spec.kernels:
+        for name in preferred(self._target, spec.kernels):
             row = self._target.kernels[name]
-            missing = _missing(self._target, operator, row, has_bias, bool(inputs))
+            missing = missing_field(self._target, operator, spec, row, has_bias, reads)
             if missing is None:
                 rows[name] = row
             else:
                 reason = (f"kernels.{name}.{missing[0]}", missing[1])
         return rows or reason
 
-    def _chain(self, operator: Operator, spec: OperatorSpec) -> tuple[tuple[str, ...], str]:
+    def _with_chain(
+        self, operator: Operator, spec: OperatorSpec, rows: dict[str, Kernel]
+    ) -> tuple[dict[str, Kernel], tuple[tuple[str, ...], str]]:
+        """What is computed along, and the rows that compute just that along.
+
+        Kernels may take in different operators (`kernels.*.fused`). The first that can have the formats demanded here
+        decides, and those that would end elsewhere are out.
+        """
+        chains = {
+            name: self._chain(operator, spec.fused if row.fused is None else row.fused) for name, row in rows.items()
+        }
+        if not rows:
+            return rows, self._chain(operator, spec.fused)
+        lead = next((name for name, row in rows.items() if self._meets(operator, row)), next(iter(rows)))
+        return {name: row for name, row in rows.items() if chains[name] == chains[lead]}, chains[lead]
+
+    def _meets(self, operator: Operator, row: Kernel) -> bool:
+        """Whether a kernel has the formats that the user demands of an operator's weight, result and inputs."""
+        for pattern, wanted in self._wishes.formats.items():
+            given = [name for name in operator.inputs if name in self._graph.inputs]
+            asked = [
+                (row.weight, operator.weight is not None and fnmatchcase(operator.weight, pattern)),
+                (row.output, fnmatchcase(operator.name, pattern)),
+                (row.input, any(fnmatchcase(name, pattern) for name in given)),
+            ]
+            if any(is_asked and isinstance(names, tuple) and wanted not in names for names, is_asked in asked):
+                return False
+        return True
+
+    def _chain(self, operator: Operator, fused: object) -> tuple[tuple[str, ...], str]:
         """Operators computed along, longest fusion first, and the name of the last value, folded operators included."""
         followers: list[Operator] = []
         current = operator.name
@@ -286,24 +359,41 @@ class _Reader:
                 continue
             if follower.kind == "Dropout":  # nothing happens there at inference
                 continue
-            if follower.name in self._keep_float or _unfit(follower) or follower.kind in _TWO_OPERANDS:
+            if follower.name in self._keep_float or _unfit(follower) or follower.kind in TWO_OPERANDS:
                 break
             followers.append(follower)
             ends[len(followers)] = current
         kinds = tuple(follower.kind for follower in followers)
-        entries = spec.fused if isinstance(spec.fused, tuple) else ()
+        entries = fused if isinstance(fused, tuple) else ()
         chains = [(entry,) if isinstance(entry, str) else entry for entry in entries]
         longest = max((len(chain) for chain in chains if kinds[: len(chain)] == chain), default=0)
         return (operator.name, *(follower.name for follower in followers[:longest])), ends[longest]
 
 
 def _can_share(cell: Cell, kernel: str) -> bool:
-    """Whether a kernel has a format that all tensors can have that its operator wants on one scale."""
+    """Whether a kernel has a format that all tensors can have that its operator wants on one scale, or aligned."""
     operands = [set(cell.operand_formats(kernel, index)) for index in range(len(cell.inputs))]
-    output = set(cell.output_formats(kernel))
-    tied = {"inputs": operands, "all": [*operands, output], "input_output": [*operands[:1], output]}
+    output = [] if cell.gives_float else [set(cell.output_formats(kernel))]
+    everything = [*operands, *output]
+    tied = {
+        "inputs": operands,
+        "all": everything,
+        "aligned": everything,
+        "input_output": [*operands[:1], *output],
+    }
     sets = tied.get(str(cell.spec.same_scale), [])
     return len(sets) < 2 or bool(set.intersection(*sets))
+
+
+def _can_keep_width(target: TargetSpec, cell: Cell, kernel: str) -> bool:
+    """Whether a kernel has formats of one width for all that an operator reads and gives, where it keeps its width."""
+    if not cell.keeps_precision:
+        return True
+    sets = [cell.operand_formats(kernel, index) for index in range(len(cell.inputs))]
+    sets += [] if cell.weight is None else [cell.weight_formats(kernel)]
+    sets += [] if cell.gives_float else [cell.output_formats(kernel)]
+    widths = [{target.formats[name].element_bits for name in names} for names in sets]
+    return bool(set.intersection(*widths))
 
 
 def _unfit(operator: Operator) -> str | None:
@@ -321,41 +411,4 @@ def _unfit(operator: Operator) -> str | None:
         return "it picks one of several results of an operator that the host runs"
     if operator.kind in WEIGHTED_KINDS and (operator.weight is None or len(operator.inputs) != 1):
         return "its weight or bias is no parameter but computed while the model runs"
-    return None
-
-
-def _reason(target: TargetSpec, name: str, operator: Operator | None) -> str | None:
-    """Why a format cannot be had: as the constant operand of an operator, or as an activation (None)."""
-    spec = target.formats[name]
-    if spec.unplannable_reason is not None:
-        return spec.unplannable_reason
-    if spec.per == "tensor":
-        return None
-    if operator is None:
-        return f'per: "{spec.per}"; an activation has one scale, which is per = "tensor"'
-    if operator.weight_axis is None:
-        return f'per: "{spec.per}"; the constant of {operator.kind} has no output channels'
-    return None
-
-
-def _missing(
-    target: TargetSpec, operator: Operator, row: Kernel, has_bias: bool, reads: bool
-) -> tuple[str, str] | None:
-    """The field of a kernel that keeps this operator from it, and why; None where nothing does."""
-    two = operator.kind in _TWO_OPERANDS
-    needed: list[tuple[str, Operator | None]] = [("input", None)] if reads else []
-    needed.append(("output", None))
-    if operator.weight is not None and not two:
-        needed.append(("weight", operator))
-    elif two and isinstance(row.weight, tuple):
-        needed.append(("weight", operator if operator.weight is not None else None))
-    for field, owner in needed:
-        listed = getattr(row, field)
-        if not isinstance(listed, tuple):
-            return field, "unknown" if listed == "unknown" else "the target does not say which formats it takes"
-        reasons = {name: _reason(target, name, owner) for name in listed}
-        if None not in reasons.values():
-            return field, f"formats.{listed[0]}.{reasons[listed[0]]}"
-    if has_bias and row.bias == "none":
-        return "bias", "it adds no bias, and the operator has one"
     return None

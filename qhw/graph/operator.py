@@ -10,6 +10,7 @@ from torch import fx
 
 from qhw.graph.attributes import argument, conv_attributes, macs_of, narrowed, shape_of, target_name
 from qhw.graph.kinds import ATEN_KINDS, MODULE_KINDS, VIEW_KINDS, KindRule
+from qhw.graph.structure import structure_of
 
 __all__ = ["Operator", "data_nodes", "describe", "is_constant", "target_name", "value_name"]
 
@@ -109,6 +110,7 @@ def describe(
         attributes["computed"] = True
     attributes["rank"] = len(shape)
     attributes["inputs"] = len(values)
+    attributes = structure_of(node, kind, shape, values, batch) | attributes
     return Operator(
         name=node.meta["name"],
         kind=kind,

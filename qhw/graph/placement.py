@@ -12,9 +12,10 @@ from fnmatch import fnmatchcase
 
 from qhw.errors import PlanError
 from qhw.graph.build_points import PointBuilder
-from qhw.graph.cells import Cells, find_cells
+from qhw.graph.cells import Cells, Wishes, find_cells
 from qhw.graph.graph import Graph
 from qhw.graph.kinds import VIEW_KINDS
+from qhw.graph.network import past_weight_memory
 from qhw.graph.points import OperatorPlacement, QuantPoint
 from qhw.graph.propagate import Demands, choose_formats
 from qhw.graph.room import with_room
@@ -59,10 +60,16 @@ def place(
     """
     names = [operator.name for operator in graph.operators]
     kept = {name for pattern in keep_float for name in _matching(pattern, names, "--keep-float", "operator")}
-    found = find_cells(graph, target, absorbed, kept)
-    _check_fallback(target, found)
-    demands = _demands(found, target, formats or {})
-    choice = choose_formats(target, found.cells, _float_outputs(graph, target, found), demands)
+    excluded: dict[str, tuple[str, str]] = {}
+    while True:
+        found = find_cells(graph, target, Wishes(absorbed, kept, formats or {}, excluded))
+        _check_fallback(target, found)
+        demands = _demands(graph, found, target, formats or {})
+        choice = choose_formats(target, found.cells, demands)
+        late = past_weight_memory(graph, target, found.cells, choice)
+        if not late:
+            break
+        excluded |= late
     choice, reasons = with_room(target, found.cells, choice)
     points = tuple(PointBuilder(graph, target, found, choice).points())
     _check_met(points, demands)
@@ -82,7 +89,8 @@ def _matching(pattern: str, names: list[str], where: str, what: str) -> list[str
 def _check_fallback(target: TargetSpec, found: Cells) -> None:
     if target.fallback != "refuse":
         return
-    hosted = [p for p in found.placements.values() if p.where == "host" and p.kind not in VIEW_KINDS]
+    on_host = [p for p in found.placements.values() if p.where == "host"]
+    hosted = [p for p in on_host if p.kind not in VIEW_KINDS or p.subject != "graph"]
     if hosted:
         listed = "; ".join(f"{p.name} ({p.kind}: {p.reason}, {p.subject})" for p in hosted[:5])
         more = f" and {len(hosted) - 5} more" if len(hosted) > 5 else ""
@@ -92,12 +100,12 @@ def _check_fallback(target: TargetSpec, found: Cells) -> None:
         )
 
 
-def _demands(found: Cells, target: TargetSpec, formats: Mapping[str, str]) -> Demands:
+def _demands(graph: Graph, found: Cells, target: TargetSpec, formats: Mapping[str, str]) -> Demands:
     weights: dict[str, str] = {}
     tensors: dict[str, str] = {}
     weight_names = [cell.operator.weight for cell in found.cells if cell.operator.weight]
     tensor_by_point = {cell.operator.name: cell.output for cell in found.cells}
-    written = set(tensor_by_point.values())
+    written = {cell.output for cell in found.cells if not cell.gives_float}
     tensor_by_point |= {name: name for cell in found.cells for name in cell.inputs if name not in written}
     for pattern, wanted in formats.items():
         if wanted not in target.formats:
@@ -111,7 +119,21 @@ def _demands(found: Cells, target: TargetSpec, formats: Mapping[str, str]) -> De
                 tensors[tensor_by_point[name]] = wanted
             else:
                 weights[name] = wanted
-    return Demands(weights, tensors)
+    return Demands(weights, tensors, *_at_boundary(graph, found, target))
+
+
+def _at_boundary(graph: Graph, found: Cells, target: TargetSpec) -> tuple[Mapping[str, tuple[str, ...]], ...]:
+    """Formats that the target leaves to the network's inputs and to results that it returns and that cells read."""
+    boundary = target.boundary
+    if boundary is None:
+        return {}, {}
+    read = {name for cell in found.cells for name in cell.inputs}
+    ends = [found.tensor_of[name] for name in graph.output_values]
+    inputs, outputs = boundary.input_formats, boundary.output_formats
+    return (
+        {name: inputs for name in graph.inputs if name in read} if isinstance(inputs, tuple) else {},
+        {name: outputs for name in ends if name in read} if isinstance(outputs, tuple) else {},
+    )
 
 
 def _check_met(points: tuple[QuantPoint, ...], demands: Demands) -> None:
@@ -121,14 +143,6 @@ def _check_met(points: tuple[QuantPoint, ...], demands: Demands) -> None:
         if point is None or point.format != wanted:
             got = "is not quantized" if point is None else f"can only be {', '.join(point.legal)}"
             raise PlanError(f"--format: {name} cannot be '{wanted}' beside the other choices: it {got}.")
-
-
-def _float_outputs(graph: Graph, target: TargetSpec, found: Cells) -> frozenset[str]:
-    """Tensors that leave the accelerator in float: graph outputs that no cell reads, where the target says so."""
-    if target.boundary is None or target.boundary.outputs != "float":
-        return frozenset()
-    read = {name for cell in found.cells for name in cell.inputs}
-    return frozenset(found.tensor_of[name] for name in graph.output_values if found.tensor_of[name] not in read)
 
 
 def _with_kernel(placement: OperatorPlacement, choice: Choice, reason: str) -> OperatorPlacement:

@@ -37,6 +37,7 @@ class QuantPoint(_Data):
     format: str = Field(description="The format chosen.")
     group: str = Field(description="Points of one group share one scale and zero point.")
     axis: int | None = Field(None, description="Axis of the output channels (weights and biases).")
+    group_size: int | None = Field(None, description="Elements of one group of weights that share a scale.")
     fixed: FixedEncoding | None = None
     minimum: float | None = Field(
         None, description="Smallest real value that can occur, from the graph (0 after ReLU)."

@@ -7,13 +7,13 @@ a slot of its own, and all starts again with that operand apart. There are finit
 formats are fixed in execution order, the most preferred first.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from qhw.errors import PlanError
-from qhw.graph.cells import Cell
+from qhw.graph.cell import Cell
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
-from qhw.graph.ties import clashing_operand, scale_groups, tied_slots
+from qhw.graph.ties import alike_slots, clashing_operand, scale_groups
 from qhw.schema import TargetSpec
 
 __all__ = ["Demands", "choose_formats"]
@@ -21,10 +21,19 @@ __all__ = ["Demands", "choose_formats"]
 
 @dataclass(frozen=True)
 class Demands:
-    """What the user demands: format ids by parameter name and by tensor name."""
+    """Formats that are demanded from outside.
+
+    Attributes:
+        weights: By parameter name: the user's.
+        tensors: By tensor name: the user's.
+        inputs: By name of an input of the network: those that the target allows there.
+        outputs: By tensor name, of results of the network that operators read, too: those that the target allows.
+    """
 
     weights: Mapping[str, str]
     tensors: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class _Stuck(Exception):
@@ -35,23 +44,20 @@ class _Stuck(Exception):
         self.cell = cell
 
 
-def choose_formats(
-    target: TargetSpec, cells: Sequence[Cell], float_tensors: frozenset[str], demands: Demands
-) -> Choice:
+def choose_formats(target: TargetSpec, cells: Sequence[Cell], demands: Demands) -> Choice:
     """Choose one kernel per cell and one format per quantized tensor.
 
     Args:
         target: The accelerator.
         cells: In execution order.
-        float_tensors: Tensors that leave the accelerator in float; they get no format.
-        demands: Formats that the user wants.
+        demands: Formats that the user wants, and those that the target allows at the edge of the network.
 
     Raises:
         PlanError: a demand cannot be met, or operators that share a weight cannot hold it in one format.
     """
     edges: list[Slot] = []
     while True:
-        search = _Search(target, cells, float_tensors, demands, frozenset(edges))
+        search = _Search(target, cells, demands, frozenset(edges))
         found = search.solve()
         if isinstance(found, Choice):
             break
@@ -61,7 +67,7 @@ def choose_formats(
         if found.formats[operand][0] != found.formats.get(inputs[operand], ("",))[0]:
             continue
         fewer = [slot for slot in edges if slot != operand]
-        without = _Search(target, cells, float_tensors, demands, frozenset(fewer)).solve()
+        without = _Search(target, cells, demands, frozenset(fewer)).solve()
         if isinstance(without, Choice):
             edges, found = fewer, without
     return found
@@ -78,16 +84,14 @@ class _Search:
         self,
         target: TargetSpec,
         cells: Sequence[Cell],
-        float_tensors: frozenset[str],
         demands: Demands,
         edges: frozenset[Slot],
     ) -> None:
         self._target = target
         self._cells = cells
-        self._float = float_tensors
         self._demands = demands
         self._edges = edges
-        self._writers = {cell.output: cell for cell in cells}
+        self._writers = {cell.output: cell for cell in cells if not cell.gives_float}
         self.kernels: dict[str, list[str]] = {cell.operator.name: list(cell.kernels) for cell in cells if cell.kernels}
         self._touching: dict[Slot, list[Cell]] = {}
         for cell in cells:
@@ -147,9 +151,13 @@ class _Search:
         return (freeing or apart)[0]
 
     def _frees(self, cell: Cell, index: int) -> bool:
+        """Whether some kernel fits all that a cell touches but one operand."""
         return any(
-            all(self._agrees(cell, kernel, i) for i in range(len(cell.inputs)) if i != index)
-            and self._writes(cell, kernel)
+            all(
+                not set(names).isdisjoint(self.formats[slot])
+                for place, slot, names in self._wanted(cell, kernel)
+                if place != index
+            )
             for kernel in cell.kernels
         )
 
@@ -159,9 +167,9 @@ class _Search:
 
     def _slots(self, cell: Cell) -> list[Slot]:
         slots = self._operands(cell)
-        if cell.operator.weight is not None and cell.kernels:
-            slots.append(weight(cell.operator.weight))
-        if cell.output not in self._float:
+        if cell.weight is not None:
+            slots.append(weight(cell.weight))
+        if not cell.gives_float:
             slots.append(tensor(cell.output))
         return list(dict.fromkeys(slots))
 
@@ -178,6 +186,9 @@ class _Search:
             options = _union(c.operand_formats(kernel, i) for c, i in reads for kernel in c.kernels)
             if not all(c.kernels for c, _ in reads) or writer is not None:
                 options = _union([options, _union(c.activation_formats() for c in self._cells)])
+        if slot.what == "tensor":
+            options = self._at_boundary(slot.name, options)
+        options = self._by_cost(options)
         wanted = self._demands.tensors.get(slot.name) if slot.what == "tensor" else None
         if wanted is None:
             return options
@@ -185,10 +196,25 @@ class _Search:
             raise PlanError(f"{slot.name}: cannot be in '{wanted}' on this target. Legal here: {', '.join(options)}.")
         return [wanted]
 
+    def _at_boundary(self, name: str, options: list[str]) -> list[str]:
+        """Formats that the target allows at the edge of the network; an input may have some that no kernel reads."""
+        allowed = self._demands.inputs.get(name)
+        if allowed is not None:
+            usable = next(iter(self._cells)).activations
+            options = [n for n in _union([options, allowed]) if n in allowed and n in usable]
+        allowed = self._demands.outputs.get(name)
+        return options if allowed is None else [n for n in options if n in allowed]
+
+    def _by_cost(self, options: list[str]) -> list[str]:
+        """The cheapest first (`preference_cost`, 0 where none is stated), else in their order."""
+        costs = {name: self._target.formats[name].preference_cost for name in options}
+        return sorted(options, key=lambda name: cost if isinstance(cost := costs[name], float | int) else 0.0)
+
     def _start_weight(self, name: str, touching: Sequence[Cell]) -> list[str]:
         options = _union(cell.weight_formats(kernel) for cell in touching for kernel in cell.kernels)
         if len({cell.operator.weight_axis for cell in touching}) > 1:  # their scales would lie along different axes
             options = [name for name in options if self._target.formats[name].per == "tensor"]
+        options = self._by_cost(options)
         wanted = self._demands.weights.get(name)
         if wanted is None:
             return options
@@ -210,44 +236,55 @@ class _Search:
         Raises:
             _Stuck: nothing is left.
         """
-        before = {slot: list(self.formats[slot]) for slot in self._slots(cell)}
+        slots = self._slots(cell)
+        before = {slot: self.formats[slot] for slot in slots}
         if cell.kernels:
-            kept = [kernel for kernel in self.kernels[cell.operator.name] if self._allows(cell, kernel)]
+            left = {kernel: self._left(cell, self._wanted(cell, kernel)) for kernel in self.kernels[cell.operator.name]}
+            kept = [kernel for kernel, formats in left.items() if formats is not None]
             self.kernels[cell.operator.name] = kept
-            for index, slot in enumerate(self._operands(cell)):
-                self._keep(slot, _union(cell.operand_formats(kernel, index) for kernel in kept))
-            if cell.operator.weight is not None:
-                self._keep(weight(cell.operator.weight), _union(cell.weight_formats(kernel) for kernel in kept))
-            if cell.output not in self._float:
-                self._keep(tensor(cell.output), _union(cell.output_formats(kernel) for kernel in kept))
-        for tied in tied_slots(cell, self._operands(cell), cell.output not in self._float):
-            shared = set.intersection(*(set(self.formats[slot]) for slot in tied))
-            for slot in tied:  # each keeps its own order, or two ties could reorder one slot for ever
-                self._keep(slot, shared)
-        if not all(self.formats[slot] for slot in before):
+            allowed = {slot: {name for kernel in kept for name in (left[kernel] or {})[slot]} for slot in slots}
+        else:
+            allowed = self._left(cell, []) or {slot: set() for slot in slots}
+        for slot in slots:
+            self.formats[slot] = [name for name in before[slot] if name in allowed[slot]]
+        if not all(self.formats[slot] for slot in slots):
             raise _Stuck(cell)
-        return [slot for slot, formats in before.items() if formats != self.formats[slot]]
+        return [slot for slot in slots if len(before[slot]) != len(self.formats[slot])]
 
-    def _keep(self, slot: Slot, allowed: Collection[str]) -> None:
-        self.formats[slot] = [name for name in self.formats[slot] if name in allowed]
+    def _left(
+        self, cell: Cell, wanted: Sequence[tuple[int | None, Slot, Sequence[str]]]
+    ) -> dict[Slot, set[str]] | None:
+        """Formats that are left for a cell's slots under what one kernel wants; None where a slot has none.
 
-    def _allows(self, cell: Cell, kernel: str) -> bool:
-        return self._writes(cell, kernel) and all(self._agrees(cell, kernel, i) for i in range(len(cell.inputs)))
+        Slots on one scale, or aligned ones, have one format; slots of a cell that keeps its precision one width.
+        """
+        found = {slot: set(self.formats[slot]) for slot in self._slots(cell)}
+        for _, slot, names in wanted:
+            found[slot] &= set(names)
+        if cell.keeps_precision:
+            widths = set.intersection(*({self._width(name) for name in names} for names in found.values()))
+            found = {slot: {name for name in names if self._width(name) in widths} for slot, names in found.items()}
+        for tied in alike_slots(cell, self._operands(cell)):
+            shared = set.intersection(*(found[slot] for slot in tied))
+            found |= dict.fromkeys(tied, shared)
+        return found if all(found.values()) else None
 
-    def _agrees(self, cell: Cell, kernel: str, index: int) -> bool:
-        return not set(cell.operand_formats(kernel, index)).isdisjoint(self.formats[self._operands(cell)[index]])
+    def _width(self, name: str) -> int | None:
+        return self._target.formats[name].element_bits
 
-    def _writes(self, cell: Cell, kernel: str) -> bool:
-        held = cell.operator.weight is None or not set(cell.weight_formats(kernel)).isdisjoint(
-            self.formats[weight(cell.operator.weight)]
-        )
-        return held and (
-            cell.output in self._float
-            or not set(cell.output_formats(kernel)).isdisjoint(self.formats[tensor(cell.output)])
-        )
+    def _wanted(self, cell: Cell, kernel: str) -> list[tuple[int | None, Slot, Sequence[str]]]:
+        """What a kernel wants of each slot: position of the operand, or None; slot; formats."""
+        found: list[tuple[int | None, Slot, Sequence[str]]] = [
+            (index, slot, cell.operand_formats(kernel, index)) for index, slot in enumerate(self._operands(cell))
+        ]
+        if cell.weight is not None:
+            found.append((None, weight(cell.weight), cell.weight_formats(kernel)))
+        if not cell.gives_float:
+            found.append((None, tensor(cell.output), cell.output_formats(kernel)))
+        return found
 
     def _unsolvable(self, cell: Cell) -> PlanError:
-        name = cell.operator.weight
+        name = cell.weight
         sharing = self._touching.get(weight(name), []) if name is not None else []
         if name is not None and len(sharing) > 1:
             holds = "; ".join(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qhw.graph.cells import Cell
+from qhw.graph.cell import Cell
 from qhw.graph.operator import Operator
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
 from qhw.schema import WEIGHTED_KINDS, Format, TargetSpec
@@ -120,8 +120,8 @@ def _slots(cell: Cell, choice: Choice) -> list[Slot]:
 def _formats(cell: Cell, choice: Choice, kernel: str) -> list[str]:
     """Formats of both factors of a product, the activation's first; fewer where one is not quantized."""
     slots = _slots(cell, choice)
-    if cell.operator.weight is not None:
-        slots = [*slots[:1], weight(cell.operator.weight)]
+    if cell.weight is not None:
+        slots = [*slots[:1], weight(cell.weight)]
     return [choice.formats[slot][0] for slot in slots if slot in choice.formats]
 
 
@@ -148,9 +148,9 @@ def _cost(target: TargetSpec, cell: Cell, choice: Choice, preferred: str, other:
         for index, slot in enumerate(_slots(cell, choice))
         if slot in choice.formats
     )
-    if cell.operator.weight is not None:
-        fits = fits and choice.formats[weight(cell.operator.weight)][0] in cell.weight_formats(other)
-    output = choice.formats.get(tensor(cell.output))
+    if cell.weight is not None:
+        fits = fits and choice.formats[weight(cell.weight)][0] in cell.weight_formats(other)
+    output = None if cell.gives_float else choice.formats.get(tensor(cell.output))
     if not fits or (output is not None and output[0] not in cell.output_formats(other)):
         return "takes other formats (--format)"
     now, then = first.macs_per_cycle, second.macs_per_cycle

@@ -3,31 +3,34 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from qhw.graph.cells import Cell
+from qhw.graph.cell import Cell
 from qhw.graph.points import FixedEncoding
 from qhw.graph.slots import Slot, edge, tensor
 
-__all__ = ["clashing_operand", "fixed_encoding", "group_encodings", "scale_groups", "tied_slots"]
+__all__ = ["alike_slots", "clashing_operand", "fixed_encoding", "group_encodings", "scale_groups", "tied_slots"]
 
 
-def tied_slots(cell: Cell, operands: Sequence[Slot], has_output: bool) -> Iterator[tuple[Slot, ...]]:
+def tied_slots(cell: Cell, operands: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
     """Slots that a cell puts on one scale.
 
     An operator without kernels only moves data, so that all it touches has one scale.
     """
-    output = (tensor(cell.output),) if has_output else ()
-    rule = cell.spec.same_scale if cell.kernels else "all"
-    if rule == "all":
-        tied = (*operands, *output)
-    elif rule == "inputs":
-        tied = tuple(operands)
-    elif rule == "input_output":
-        tied = (*operands[:1], *output)
-    else:
-        return
-    tied = tuple(dict.fromkeys(tied))
+    tied = _tied(cell, operands, cell.same_scale)
     if len(tied) > 1:
         yield tied
+
+
+def alike_slots(cell: Cell, operands: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
+    """Slots that a cell wants in one format: those on one scale, or aligned ones, which keep scales of their own."""
+    tied = _tied(cell, operands, "all" if cell.same_scale == "aligned" else cell.same_scale)
+    if len(tied) > 1:
+        yield tied
+
+
+def _tied(cell: Cell, operands: Sequence[Slot], rule: str) -> tuple[Slot, ...]:
+    output = () if cell.gives_float else (tensor(cell.output),)
+    tied = {"all": (*operands, *output), "inputs": tuple(operands), "input_output": (*operands[:1], *output)}
+    return tuple(dict.fromkeys(tied.get(rule, ())))
 
 
 def fixed_encoding(cell: Cell, format_name: str) -> FixedEncoding | None:
@@ -75,12 +78,12 @@ def _walk(
     groups = _Groups()
     for cell in cells:
         output = tensor(cell.output)
-        if output in formats:
+        if output in formats and not cell.gives_float:
             fixed = fixed_encoding(cell, formats[output][0])
             if fixed is not None:
                 groups.fixed[output] = fixed
         operands = _operands(cell, edges)
-        for tied in tied_slots(cell, operands, output in formats):
+        for tied in tied_slots(cell, operands):
             clash = _clash(groups, tied, operands, cell)
             if clash is not None:
                 return groups, clash

@@ -9,6 +9,7 @@ from qhw.errors import IntegerError
 from qhw.graph import MOVEMENT_KINDS, WEIGHTED_KINDS
 from qhw.integer.approximation import approximation_of
 from qhw.integer.elementwise import lower_add, lower_mul
+from qhw.integer.float_result import is_float_result, lower_float_result
 from qhw.integer.hard_swish import lower_hard_swish, lower_rsqrt
 from qhw.integer.movement import lower_concat, lower_movement, onto_result, regridded
 from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
@@ -71,10 +72,11 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
     obstacles: list[Obstacle] = []
     for site in sites(result):
         try:
-            form = _FORMS.get(site.operator.kind)
+            form = lower_float_result if is_float_result(site) else _FORMS.get(site.operator.kind)
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")
-            _check_approximation(site)
+            if form is not lower_float_result:
+                _check_approximation(site)
             site = onto_result(site) if site.operator.kind in _KEEPING_CODES else site
             moves = tuple(regridded(site, *grids) for grids in zip(site.sources, site.inputs, strict=True))
             found[site.name] = site, replace(form(site), moves=moves)

@@ -15,6 +15,7 @@ from qhw import __version__
 from qhw.engine import Progress, QuantizedModel, written_whole
 from qhw.errors import IntegerError, ResultError
 from qhw.integer.codes import Codes
+from qhw.integer.float_result import in_float, is_float_result
 from qhw.integer.model import Executed, IntegerModel
 from qhw.vectors.arrays import ArrayStore
 from qhw.vectors.collect import VectorReader, codes_array, grid
@@ -117,6 +118,8 @@ def _run(
             store.append({inputs[name]["array"]: codes_array(codes)})
 
     def trace(run: Executed) -> None:
+        if is_float_result(run.site):
+            return
         vectors = read(run)
         if run.site.name not in entries:
             entries[run.site.name] = vectors.entry
@@ -141,7 +144,7 @@ def _run(
         "host": [
             {"name": one.name, "kind": kinds[one.name].kind, "inputs": list(kinds[one.name].inputs)}
             for one in result.plan.operators
-            if one.where == "host" and one.name in kinds
+            if one.name in in_float(result) and one.name in kinds
         ],
     }
 

@@ -121,7 +121,7 @@ def test_softmax_elsewhere_is_quantized_within_zero_and_one(made: Planner, targe
 
 def test_esp32_p4_softmax_gives_float(made: Planner) -> None:
     plan = made(ESP, "perceptron")
-    assert placed(plan, "softmax") == ("host", None)
+    assert placed(plan, "softmax") == ("accelerator", "to_float")
     assert [p.name for p in plan.points if p.role == "activation"] == ["hidden", "logits"]
 
 

@@ -58,7 +58,7 @@ def tags(value: Any, below_source: bool = False) -> Iterator[str]:
         yield value
 
 
-def obstacles(spec: TargetSpec, kernel: Kernel) -> list[str]:
+def obstacles(spec: TargetSpec, kernel: Kernel, gives_float: bool = False) -> list[str]:
     """Why no tensor can take a row: a reason per operand that has none but unplannable formats."""
     found = []
     for operand in ("input", "weight", "output"):
@@ -69,7 +69,7 @@ def obstacles(spec: TargetSpec, kernel: Kernel) -> list[str]:
             reasons = [spec.formats[name].unplannable_reason for name in listed]
             if all(reasons):
                 found.append(str(reasons[0]))
-    if kernel.output is None:
+    if kernel.output is None and not gives_float:
         found.append("output is float")
     return found
 
@@ -79,7 +79,10 @@ def is_runnable(spec: TargetSpec, kind: str) -> bool:
     rows = [spec.operators[name] for name in (kind, *FALLBACK_KINDS.get(kind, ())) if name in spec.operators]
     return any(
         row.kernels is None
-        or (isinstance(row.kernels, tuple) and any(not obstacles(spec, spec.kernels[name]) for name in row.kernels))
+        or (
+            isinstance(row.kernels, tuple)
+            and any(not obstacles(spec, spec.kernels[name], row.output == "float") for name in row.kernels)
+        )
         for row in rows
     )
 
@@ -94,7 +97,10 @@ def explains(spec: TargetSpec, operator: OperatorPlacement) -> bool:
     if section == "operators" and rest[1] == "same_scale":
         return spec.operators[rest[0]].same_scale in ("inputs", "all", "input_output")
     if section == "kernels" and rest[1] == "bias":
-        return spec.kernels[rest[0]].bias == "none"
+        rule = spec.biases.get(str(spec.kernels[rest[0]].bias))
+        return spec.kernels[rest[0]].bias == "none" or (rule is not None and rule.max_channels is not None)
+    if section in ("network", "boundary"):
+        return getattr(getattr(spec, section), rest[0]) is not None
     if section in ("operators", "kernels"):
         return not is_runnable(spec, operator.kind)
     return section == "graph" or (section == "fallback" and spec.fallback == "single_partition")
