@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constants of an ONNX graph, and the grids that scales and zero points make of them."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from qhw.errors import ArtefactError
+from qhw.legality import Constant, Encoding, encoding_of
+from qhw_plugins.onnx_stored import INTEGERS, IntegerType, array_of, float_bits, type_name
+
+__all__ = ["Parameters"]
+
+_SMALL = 64
+"""Elements up to which a constant may be a bound, a shape or a list of axes."""
+
+
+class Parameters:
+    """Stored tensors by name, read when they are asked for, and constants that nodes make of them.
+
+    Args:
+        graph: From the file.
+        folder: The file's own.
+        label: What messages call the file.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, folder: Path, label: str) -> None:
+        self._folder = folder
+        self._label = label
+        self._stored: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._made: dict[str, Constant] = {}
+
+    def where(self, name: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self._label}: {name[:120]}"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored or name in self._made
+
+    def add_stored(self, name: str, tensor: onnx.TensorProto) -> None:
+        """A tensor that a Constant node holds."""
+        self._stored[name] = tensor
+
+    def add(self, name: str, constant: Constant) -> None:
+        """A constant that a node makes of others."""
+        self._made[name] = constant
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A stored tensor.
+
+        Raises:
+            ArtefactError: it is not stored, or cannot be read.
+        """
+        if name not in self._arrays:
+            if name not in self._stored:
+                raise ArtefactError(f"{self.where(name)}: must be stored in the file; it is computed. Fold it first.")
+            self._arrays[name] = array_of(self._stored[name], self._folder, self.where(name))
+        return self._arrays[name]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a constant; None where it is not known."""
+        if name in self._made:
+            return self._made[name].shape
+        return tuple(int(size) for size in self._stored[name].dims) if name in self._stored else None
+
+    def small(self, name: str) -> list[float] | None:
+        """Values of a small constant of numbers; None for anything else."""
+        tensor = self._stored.get(name)
+        if tensor is None or math.prod(tensor.dims) > _SMALL or len(tensor.dims) > 1:
+            return None
+        try:
+            return [float(value) for value in np.atleast_1d(self.array(name)).astype(np.float64)]
+        except (ArtefactError, ValueError, TypeError):
+            return None
+
+    def constant(self, name: str) -> Constant:
+        """A constant as an operator reads it: with its grid where a node made one, else of plain numbers."""
+        if name in self._made:
+            return self._made[name]
+        shape = self.shape(name)
+        small = shape is not None and math.prod(shape) <= _SMALL
+        return Constant(name, shape, reals=self.array(name) if small and name in self._stored else None)
+
+    def integer_type(self, name: str) -> IntegerType | None:
+        """Type of a stored tensor of integers."""
+        tensor = self._stored.get(name)
+        return None if tensor is None else INTEGERS.get(tensor.data_type)
+
+    def encoding(
+        self,
+        scale: str,
+        zero_point: str | None,
+        kind: IntegerType,
+        *,
+        axis: int | None,
+        block_size: int = 0,
+        shape: tuple[int, ...] | None = None,
+    ) -> Encoding:
+        """The grid of a scale and a zero point.
+
+        Args:
+            scale: Name of the scale.
+            zero_point: Name of the zero point; None or empty: 0.
+            kind: Type of the codes.
+            axis: As the node has it.
+            block_size: 0: none.
+            shape: Of the tensor, where known.
+        """
+        if scale not in self._stored:
+            return _dynamic(kind)
+        scales = self.array(scale)
+        if not np.issubdtype(scales.dtype, np.floating):
+            scales = scales.astype(np.float64)
+        if zero_point and zero_point not in self._stored:
+            return _dynamic(kind)
+        zeros: NDArray[Any] = self.array(zero_point) if zero_point else np.zeros((), np.int64)
+        if zeros.dtype.kind not in "iu":
+            raise ArtefactError(
+                f"{self.where(zero_point or scale)}: a zero point must be an integer; got {zeros.dtype}."
+            )
+        return encoding_of(
+            self.where(scale),
+            scales.astype(np.float64),
+            zeros.astype(np.int64),
+            bits=kind.bits,
+            signed=kind.signed,
+            axis=axis,
+            block_size=block_size or None,
+            shape=shape,
+            type=kind.name,
+        )
+
+    def small_float(self, scale: str, data_type: int) -> Encoding | None:
+        """The grid of a small float; None where the type is none."""
+        found = float_bits(data_type)
+        if found is None:
+            return None
+        name, bits = found
+        scales = self.array(scale).astype(np.float64) if scale in self._stored else np.ones(())
+        if not bool(np.isfinite(scales).all()):
+            raise ArtefactError(f"{self.where(scale)}: a scale must be a finite number. Quantize the model again.")
+        if scales.size == 1:
+            scales = scales.reshape(())
+        return Encoding(
+            scales, np.zeros(scales.shape, np.int64), 0, 0, bits, True, None if scales.ndim == 0 else 0,
+            type=name, is_float=True, is_dynamic=scale not in self._stored,
+        )  # fmt: skip
+
+    def data_type(self, name: str) -> int | None:
+        """ONNX type of a stored tensor."""
+        tensor = self._stored.get(name)
+        return None if tensor is None else int(tensor.data_type)
+
+    def dequantized(self, codes: str, encoding: Encoding, name: str) -> Constant:
+        """A constant of stored codes."""
+        shape = self.shape(codes)
+        kind = self.data_type(codes)
+        array = self.array(codes)
+        if encoding.is_float:
+            return Constant(name, shape, encoding)
+        if array.dtype.kind not in "iu":
+            what = type_name(kind) if kind is not None else str(array.dtype)
+            raise ArtefactError(f"{self.where(codes)}: codes must be integers; got {what}. Export the model again.")
+        return Constant(name, shape, encoding, codes=array)
+
+    def quantized(self, reals: str, encoding: Encoding) -> Constant:
+        """Real constants behind a QuantizeLinear: round half to even, then saturate."""
+        array = self.array(reals)
+        if array.dtype.kind != "f" and array.dtype.kind not in "iu":
+            array = array.astype(np.float32)
+        if encoding.is_dynamic or encoding.is_float or encoding.block_size is not None:
+            return Constant(reals, tuple(array.shape), encoding)
+        layout = [1] * array.ndim
+        if encoding.axis is not None and array.ndim:
+            layout[encoding.axis] = -1
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            scale = np.float32(encoding.scale).reshape(layout if encoding.axis is not None else ())
+            zero = encoding.zero_point.reshape(layout if encoding.axis is not None else ())
+            steps = np.rint(array.astype(np.float32) / scale)
+            codes = np.clip(np.nan_to_num(steps.astype(np.float64)) + zero, encoding.quant_min, encoding.quant_max)
+        return Constant(reals, tuple(array.shape), encoding, codes=codes.astype(np.int64))
+
+
+def _dynamic(kind: IntegerType) -> Encoding:
+    low, high = (-(1 << (kind.bits - 1)), (1 << (kind.bits - 1)) - 1) if kind.signed else (0, (1 << kind.bits) - 1)
+    one, zero = np.ones(()), np.zeros((), np.int64)
+    return Encoding(one, zero, low, high, kind.bits, kind.signed, type=kind.name, is_dynamic=True)
+
+
+def facts_of(names: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy without what is None."""
+    return {key: value for key, value in names.items() if value is not None}
