@@ -102,6 +102,30 @@ CASES = [
         'needs kind = "float"; kind is "integer". Remove it, or change kind.',
     ),
     (
+        "parameters of an integer",
+        "formats.x.parameters.a = 1 #!",
+        "formats.x.parameters",
+        'kind = "integer" takes none. Remove them, or name a plugin\'s kind.',
+    ),
+    (
+        "8 bits of which 9 are named",
+        'formats.x = { kind = "float", bits = 8, exponent_bits = 5, mantissa_bits = 3 } #!',
+        "formats.x.bits",
+        "must be 9: a sign, 5 and 3 bits; got 8. Correct one of them.",
+    ),
+    (
+        "largest value that is none",
+        'formats.x = { kind = "float", exponent_bits = 4, mantissa_bits = 3, finite_max = 500 } #!',
+        "formats.x.finite_max",
+        "500 is no value of 4 exponent bits (bias 7) and 3 mantissa bits. State the largest finite value there is.",
+    ),
+    (
+        "empty set of codes",
+        "formats.x = { code_set = [], zero_point = 0 } #!",
+        "formats.x.code_set",
+        "ascending, each code",
+    ),
+    (
         "palette of an integer",
         "formats.x.palette.vector = 2 #!",
         "formats.x.palette",

@@ -120,7 +120,23 @@ USED: dict[int, dict[str, Any]] = {
         "fallback": "single_partition",
         "boundary.outputs": "quantized",
     },
-    26: {"operators.Conv.fused": "unknown", "biases.narrow.bits": 20, "requantize.shift.shift": "unknown"},
+    25: {
+        "kernels.mac8.macs_per_cycle": 256.0,
+        "kernels.mac16.macs_per_cycle": 128.0,
+        "memories.sram.capacity_bytes": 2 * 2**20,
+        "memories.sram.ports": 2,
+        "memories.flash.past_capacity": "stream",
+        "clocks.low.clock_hz": 2e8,
+        "clocks.low.bandwidth_bytes_per_s": {"sram": 1.6e9, "flash": 1e8},
+        "cost.channel_multiple": 16,
+        "cost.weight_compression": "lossless",
+    },
+    26: {
+        "operators.Conv.fused": "unknown",
+        "biases.narrow.bits": 20,
+        "requantize.shift.shift": "unknown",
+        "kernels.mac8.macs_per_cycle": "unknown",
+    },
 }
 
 RECORDED: dict[int, dict[str, Any]] = {
@@ -226,19 +242,7 @@ RECORDED: dict[int, dict[str, Any]] = {
             "converter": ("qairt-converter 2.49",),
         }
     },
-    25: {
-        "kernels.mac8.macs_per_cycle": 256.0,
-        "kernels.mac16.macs_per_cycle": 128.0,
-        "kernels.mac8.simd_lanes": 32,
-        "memories.sram.capacity_bytes": 2 * 2**20,
-        "memories.sram.ports": 2,
-        "memories.flash.past_capacity": "stream",
-        "clocks.low.clock_hz": 2e8,
-        "clocks.low.bandwidth_bytes_per_s": {"sram": 1.6e9, "flash": 1e8},
-        "cost.channel_multiple": 16,
-        "cost.weight_compression": "lossless",
-    },
-    26: {"kernels.mac8.macs_per_cycle": "unknown"},
+    25: {"kernels.mac8.simd_lanes": 32},
 }
 
 
