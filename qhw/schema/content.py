@@ -24,6 +24,9 @@ ABSENT: Mapping[type[BaseModel], Mapping[str, Any]] = {
 }
 """What a field means where it is absent, as its description says."""
 
+NUMBER_FIELDS = ("exponent_bits", "mantissa_bits", "exponent_bias", "finite_max", "palette", "parameters")
+"""What decides the numbers of a format that is no range of integers."""
+
 
 def content(value: Any) -> Content:
     """Plain data of a table, its sources left out, and what is absent stated where its absence means something."""
@@ -44,9 +47,9 @@ def content(value: Any) -> Content:
 def format_parts(form: Format) -> dict[str, tuple[Content, str]]:
     """The four things that make a grid, and what else a format says: content and words of each."""
     number = [form.kind, form.quant_min, form.quant_max, form.element_bits, form.is_signed]
-    if form.quant_min is None:
+    if form.quant_min is None or form.code_set is not None:
         number += [content(getattr(form, name)) for name in ("bits", "signed", "codes", "code_set")]
-        number += [content(getattr(form, name)) for name in ("exponent_bits", "mantissa_bits", "finite_max", "palette")]
+        number += [content(getattr(form, name)) for name in NUMBER_FIELDS]
     zero = "free" if form.zero_point is None else content(form.zero_point)
     if isinstance(zero, list):
         zero = sorted(zero)
@@ -54,7 +57,8 @@ def format_parts(form: Format) -> dict[str, tuple[Content, str]]:
     shared = [form.per, content(form.group_size), content(form.block_shape)]
     told = {
         *("kind", "bits", "signed", "codes", "code_set", "zero_point", "per", "group_size", "block_shape", "scale"),
-        *("exponent_bits", "mantissa_bits", "finite_max", "palette", "source"),
+        *NUMBER_FIELDS,
+        "source",
     }
     rest = {name: content(getattr(form, name)) for name in type(form).model_fields if name not in told}
     rest = {name: item for name, item in rest.items() if item is not None}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One thing in which two targets differ, as data and as a sentence."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,6 +13,8 @@ __all__ = ["Difference", "Section", "merged"]
 
 Section = Literal["operators", "formats", "arithmetic", "rules", "target"]
 Change = Literal["added", "removed", "changed"]
+OPERANDS = ("activations", "inputs", "results", "weights")
+NUMBERS = re.compile(r"\w+( \[-?\d+, -?\d+\])?")
 ABSENT_VALUES = [value for means in ABSENT.values() for value in means.values()]
 
 
@@ -51,9 +54,8 @@ class Difference:
             return f"{head}: {before} -> {after}"
         if self.change == "removed":
             return f"{head}: {before} is gone"
-        if self.subject in ("activations", "inputs", "results", "weights") and not after.startswith(("per ", "free ")):
-            short = "," not in after.split("[")[0]
-            return f"adds {after} {name} for {kinds}{on}" if short else f"{head}: adds {after}"
+        if self.subject in OPERANDS and NUMBERS.fullmatch(after):
+            return f"adds {after} {name} for {kinds}{on}"
         return f"{head}: adds {after}"
 
     def _of_operators(self, kinds: str) -> str:

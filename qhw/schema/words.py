@@ -30,7 +30,8 @@ def number_words(form: Format) -> str:
     if form.kind != "integer":
         return f"{form.kind} numbers"
     if isinstance(form.code_set, tuple):
-        return f"codes {value_words(form.code_set)}"
+        many = len(form.code_set) > 4
+        return f"{len(form.code_set)} listed codes" if many else f"codes {value_words(form.code_set)}"
     low, high, bits = form.quant_min, form.quant_max, form.element_bits
     if low is None or high is None or bits is None:
         return f"{form.bits} bits, codes unknown" if isinstance(form.bits, int) else "unknown codes"
@@ -42,7 +43,9 @@ def number_words(form: Format) -> str:
 def _float_words(form: Format) -> str:
     exponent, mantissa = form.exponent_bits, form.mantissa_bits
     if isinstance(exponent, int) and isinstance(mantissa, int):
-        name = f"e{exponent}m{mantissa}"
+        name = {(8, 23): "float32", (5, 10): "float16", (8, 7): "bfloat16"}.get(
+            (exponent, mantissa), f"e{exponent}m{mantissa}"
+        )
     else:
         name = f"float{form.bits}" if isinstance(form.bits, int) else "float"
     return f"{name} up to {form.finite_max:g}" if isinstance(form.finite_max, float) else name
@@ -80,7 +83,7 @@ def scale_words(form: Format) -> str:
     if len(exponents) == 2:
         words += f" from 2^{exponents[0]} to 2^{exponents[1]}"
     bounds = [(word, value) for word, value in (("from", scale.min), ("to", scale.max)) if isinstance(value, float)]
-    return " ".join([words, *(f"{word} {value_words(value)}" for word, value in bounds)])
+    return " ".join([words, *(f"{word} {value:.9g}" for word, value in bounds)])
 
 
 def format_words(form: Format) -> str:
@@ -113,7 +116,8 @@ def value_words(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} {value_words(held)}" for key, held in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(value_words, value)) if value else "none"
+        items = [f"[{value_words(item)}]" if isinstance(item, list | tuple) else value_words(item) for item in value]
+        return ", ".join(items) or "none"
     return str(value)
 
 
