@@ -139,7 +139,7 @@ def _formats(spec: "TargetSpec", role: str) -> "Iterator[Format]":
 
 
 def _accumulators(spec: "TargetSpec") -> dict[str, None]:
-    """Accumulators of operators with weights, preferred first; of all kernels where there is none of these."""
+    """Accumulators of operators with weights, preferred first."""
     from qhw.schema import WEIGHTED_KINDS
 
     used = [
