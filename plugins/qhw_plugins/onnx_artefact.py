@@ -89,7 +89,8 @@ class OnnxArtefact:
         Raises:
             ArtefactError: scales, codes or shapes do not hold together.
         """
-        for name in self._data:
+        inputs = frozenset(self._data)
+        for name in inputs:
             self._root[name] = name
             if name in self.encodings:
                 self._quantized[name] = self.encodings[name]
@@ -103,8 +104,8 @@ class OnnxArtefact:
         return Artefact(
             form=form or ("ONNX QOperator" if is_integer else "ONNX QDQ"),
             operators=operators,
-            # A graph's output that is quantized and dequantized is no real number on its way out.
-            outputs=frozenset(name for name in outputs if name not in self._quantized),
+            inputs=inputs,
+            outputs=outputs,
             biases="derived" if form is not None else "stored",
             opset=opset,
         )

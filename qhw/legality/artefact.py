@@ -164,7 +164,8 @@ class Artefact:
     Attributes:
         form: As `ONNX QDQ`, for reports.
         operators: In execution order, without those that only quantize, or compute shapes.
-        outputs: Values that the graph gives.
+        inputs: Values that the graph is given.
+        outputs: Values that it gives, quantized or not.
         biases: `stored`: the artefact holds biases as they will be used; `derived`: the toolchain quantizes them.
         opset: ONNX only.
         tensors: Encodings of tensors by name where the artefact has no operators: of activations and of parameters.
@@ -173,6 +174,7 @@ class Artefact:
 
     form: str
     operators: tuple[ArtefactOperator, ...] = ()
+    inputs: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset()
     biases: Literal["stored", "derived"] = "stored"
     opset: int | None = None

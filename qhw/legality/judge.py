@@ -6,7 +6,7 @@ from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator
 from qhw.legality.chain import Chain, chain_of
 from qhw.legality.finding import Finding, unknown
-from qhw.legality.formats import takes_reals
+from qhw.legality.formats import Operand, nearest_format, takes_reals
 from qhw.legality.limits import limit_findings, network_findings
 from qhw.legality.report import CheckReport, OperatorReport, Status, Unjudged, Violation
 from qhw.legality.rows import nearest_row
@@ -49,6 +49,7 @@ class _Judge:
     def report(self) -> CheckReport:
         """Judge everything."""
         operators = tuple(self._judged(operator) for operator in self._settled.operators)
+        self._given()
         run = sum(one.status in ("legal", "illegal") for one in operators)
         for finding in network_findings(self._target, self._artefact, run):
             self._note("", "", finding)
@@ -89,14 +90,14 @@ class _Judge:
             return self._view(operator)
         chain = chain_of(self._settled, operator)
         if not _is_touched(operator, chain):
-            finding = _missing("operators", operator, "has real numbers in and out", "Quantize it, or replace it.")
+            finding = _missing("operators", "has real numbers in and out", "Quantize it, or replace it.")
             return self._elsewhere(operator, finding)
         if operator.kind == "Unknown":
             finding = _missing(
                 "operators", operator, f"{operator.type}, which no kind of qhw stands for", "Replace it."
             )
             return self._elsewhere(operator, finding)
-        finding = _missing(f"operators.{operator.kind}", operator, operator.type, "Replace it, or run it on the host.")
+        finding = _missing(f"operators.{operator.kind}", operator.type, "Replace it, or run it on the host.")
         for kind in (operator.kind, *FALLBACK_KINDS.get(operator.kind, ())):
             spec = self._target.operators.get(kind)
             if spec is None:
@@ -131,7 +132,7 @@ class _Judge:
         if spec.kernels is None and operator.weight is None:
             return self._movement(operator, path, spec, limits)
         if not spec.kernels:
-            return _missing(f"{path}.kernels", operator, operator.type, "Replace it, or run it on the host.")
+            return _missing(f"{path}.kernels", operator.type, "Replace it, or run it on the host.")
         output = chain.output
         in_float, remark = self._leaves_in_float(spec, output.tensor, output.encoding is not None)
         why = self._left_in_float(operator, spec, chain, in_float)
@@ -144,10 +145,34 @@ class _Judge:
             spec,
             chain,
             leaves_in_float=in_float,
+            at_edge=self._at_edge(output.tensor),
             derived_biases=self._artefact.biases == "derived",
         )
         self._taken |= dict.fromkeys(judged.passed, operator.name)
         return self._noted(operator, judged.kernel, [*limits, *remark, *judged.findings])
+
+    def _at_edge(self, tensor: str) -> tuple[str, ...] | None:
+        """Formats of a result that leaves the network, where the target says which."""
+        boundary = self._target.boundary
+        stated = boundary.output_formats if boundary is not None else None
+        is_last = tensor in self._artefact.outputs and not self._settled.readers.get(tensor)
+        return stated if isinstance(stated, tuple) and is_last else None
+
+    def _given(self) -> None:
+        """Graph inputs in formats that the target does not take there."""
+        boundary = self._target.boundary
+        stated = boundary.input_formats if boundary is not None else None
+        if not isinstance(stated, tuple):
+            return
+        for name in sorted(self._artefact.inputs):
+            for reader in self._settled.readers.get(name, ())[:1]:
+                use = next(use for use in reader.inputs if use.tensor == name)
+                if use.encoding is not None:
+                    _, found = nearest_format(
+                        self._target, "boundary.input_formats", stated, Operand(name, use.encoding)
+                    )
+                    for finding in found:
+                        self._note(reader.name, reader.kind, finding)
 
     def _movement(
         self, operator: ArtefactOperator, path: str, spec: OperatorSpec, limits: list[Finding]
@@ -179,7 +204,7 @@ class _Judge:
 
         if operator.kind in WEIGHTED_KINDS:
             if weight is None:
-                return _missing("operators", operator, "a weight computed at run time", "Make it a constant.")
+                return _missing("operators", "a weight computed at run time", "Make it a constant.")
             if weight.encoding is None and spec.parameters != "float" and not takes("weight"):
                 clause = f"kernels.{(spec.kernels or ('',))[0]}.weight"
                 return _missing(
@@ -192,12 +217,12 @@ class _Judge:
         if (real is not None or (constant_is_real and needs_weight)) and not takes("input"):
             what = real or (weight.name if weight is not None else "")
             clause = f"kernels.{(spec.kernels or ('',))[0]}.input"
-            return _missing(clause, operator, f"real numbers in '{what}'", "Quantize it.", "quantized operands")
+            return _missing(clause, f"real numbers in '{what}'", "Quantize it.", "quantized operands")
         if chain.output.encoding is None and not leaves_in_float and not takes("output"):
             if all(row.output is None for row in rows):
                 return None
             clause = f"kernels.{(spec.kernels or ('',))[0]}.output"
-            return _missing(clause, operator, "a result in real numbers", "Quantize its result.", "a quantized result")
+            return _missing(clause, "a result in real numbers", "Quantize its result.", "a quantized result")
         return None
 
     def _elsewhere(self, operator: ArtefactOperator, finding: Finding) -> OperatorReport:
@@ -236,10 +261,7 @@ def _report(operator: ArtefactOperator, status: Status, kernel: str | None = Non
     return OperatorReport(operator.name, operator.kind, operator.type, status, kernel, reason)
 
 
-def _missing(
-    clause: str, operator: ArtefactOperator, got: str, fix: str, wanted: str = "an operator that the target runs"
-) -> Finding:
-    del operator
+def _missing(clause: str, got: str, fix: str, wanted: str = "an operator that the target runs") -> Finding:
     return Finding(clause, f"must be {wanted}", got, fix, distance=100)
 
 

@@ -12,7 +12,7 @@ from qhw.legality.exponents import exponent_findings
 from qhw.legality.finding import OTHER_TYPE, Finding
 from qhw.legality.formats import nearest_format, takes_reals
 from qhw.legality.requantize import requantize_findings
-from qhw.legality.sharing import fixed_findings, tie_findings
+from qhw.legality.sharing import fixed_findings, precision_findings, tie_findings
 from qhw.legality.site import Site
 from qhw.schema import WEIGHTED_KINDS, TargetSpec
 from qhw.schema import Operator as OperatorSpec
@@ -48,6 +48,7 @@ def nearest_row(
     chain: Chain,
     *,
     leaves_in_float: bool,
+    at_edge: tuple[str, ...] | None,
     derived_biases: bool,
 ) -> Judged:
     """The nearest of an operator's kernels: first by formats, bias and what is computed along, then by all else.
@@ -59,16 +60,17 @@ def nearest_row(
         spec: That row; it lists kernels.
         chain: What follows the operator without a quantizer.
         leaves_in_float: Its result may be real numbers.
+        at_edge: Formats of its result in place of its kernels', where it leaves the network.
         derived_biases: The toolchain quantizes biases by itself.
     """
     assert isinstance(spec.kernels, tuple) and spec.kernels
     found: list[tuple[Judged, Site]] = []
     for name in spec.kernels:
         row = target.kernels[name]
-        listed = row.output if isinstance(row.output, tuple) else ()
+        listed = at_edge or (row.output if isinstance(row.output, tuple) else ())
         kept = implied(chain, [target.formats[f] for f in listed])
         site = Site(target, operator, path, spec, operator.inputs, narrowed(chain), kept.kinds, leaves_in_float)
-        findings, output = _of_formats(site, name)
+        findings, output = _of_formats(site, name, at_edge)
         findings += chain_findings(path, spec, name, row, kept)
         if operator.kind in WEIGHTED_KINDS:
             findings += bias_findings(site, name, derived=derived_biases)
@@ -79,10 +81,10 @@ def nearest_row(
     nearest = [(_with_arithmetic(judged, site), site) for judged, site in found if judged.distance == least]
     best, site = min(nearest, key=lambda pair: pair[0].distance)
     ties = tie_findings(site, {name: target.kernels[name] for name in spec.kernels})
-    return Judged(best.kernel, (*best.findings, *ties), best.passed)
+    return Judged(best.kernel, (*best.findings, *ties, *precision_findings(site)), best.passed)
 
 
-def _of_formats(site: Site, kernel: str) -> tuple[list[Finding], str | None]:
+def _of_formats(site: Site, kernel: str, at_edge: tuple[str, ...] | None) -> tuple[list[Finding], str | None]:
     """What separates an operator's tensors from a kernel's formats; and the format of its result."""
     findings: list[Finding] = []
     output: str | None = None
@@ -93,7 +95,10 @@ def _of_formats(site: Site, kernel: str) -> tuple[list[Finding], str | None]:
             continue
         if field == "weight" and listed is None and site.kind not in WEIGHTED_KINDS:
             continue
-        name, found = nearest_format(site.target, f"kernels.{kernel}.{field}", listed, operand)
+        clause = f"kernels.{kernel}.{field}"
+        if field == "output" and at_edge is not None:
+            clause, listed = "boundary.output_formats", at_edge
+        name, found = nearest_format(site.target, clause, listed, operand)
         findings += found
         output = name if field == "output" else output
     return findings, output

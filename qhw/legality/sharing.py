@@ -5,15 +5,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qhw.graph.cells import Cell
+from qhw.graph.cell import Cell
 from qhw.graph.slots import Slot, edge, tensor
-from qhw.graph.ties import fixed_encoding, tied_slots
+from qhw.graph.ties import alike_slots, fixed_encoding, tied_slots
 from qhw.legality.artefact import Encoding
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.site import Site, graph_operator
 from qhw.schema import Kernel
 
-__all__ = ["fixed_findings", "tie_findings"]
+__all__ = ["fixed_findings", "precision_findings", "tie_findings"]
 
 
 def tie_findings(site: Site, kernels: dict[str, Kernel]) -> Iterator[Finding]:
@@ -33,17 +33,39 @@ def tie_findings(site: Site, kernels: dict[str, Kernel]) -> Iterator[Finding]:
         place: (use.tensor, use.encoding) for place, use in zip(places, site.inputs, strict=True)
     }
     held[tensor(site.output.tensor)] = site.output.tensor, site.output.encoding
-    for tied in tied_slots(cell, places, site.output.encoding is not None):
+    rule = cell.same_scale
+    for tied in tied_slots(cell, places):
         known = [(name, e) for name, e in (held[slot] for slot in tied) if e is not None]
         others = [(name, e) for name, e in known[1:] if not e.same_grid(known[0][1])]
         if others:
             name, encoding = others[0]
-            rule = site.spec.same_scale if kernels else "all"
             must = f"must be one scale and zero point ({rule})"
             got = f"{known[0][0]}: {known[0][1].words()}; {name}: {encoding.words()}"
             more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
             fix = "Give all of them the scale and zero point that covers the widest."
             yield Finding(clause, must, got + more, fix, name)
+    for alike in alike_slots(cell, places) if rule == "aligned" else ():
+        types = [(name, e) for name, e in (held[slot] for slot in alike) if e is not None]
+        for name, encoding in types[1:]:
+            if (encoding.bits, encoding.signed) != (types[0][1].bits, types[0][1].signed):
+                got = f"{types[0][0]}: {types[0][1].type}; {name}: {encoding.type}"
+                yield Finding(clause, "must be one stored type (aligned)", got, "Quantize all to one type.", name)
+
+
+def precision_findings(site: Site) -> Iterator[Finding]:
+    """An operator that may not change the width of what passes through it."""
+    if site.spec.may_change_precision is not False:
+        return
+    parts = [(use.tensor, use.encoding) for use in (*site.inputs, site.output)]
+    if site.weight is not None:
+        parts.append((site.weight.name, site.weight.encoding))
+    known = [(name, e) for name, e in parts if e is not None]
+    for name, e in known[1:]:
+        if e.bits != known[0][1].bits:
+            got = f"{known[0][0]}: {known[0][1].type}; {name}: {e.type}"
+            fix = "Give all its tensors one width."
+            yield Finding(f"{site.path}.may_change_precision", "must be one width", got, fix, name)
+            return
 
 
 def fixed_findings(site: Site, format_name: str | None) -> Iterator[Finding]:
@@ -70,5 +92,15 @@ def fixed_findings(site: Site, format_name: str | None) -> Iterator[Finding]:
 def _cell(site: Site, kernels: dict[str, Kernel]) -> Cell:
     operator = graph_operator(site.operator, site.inputs)
     names = tuple(use.tensor for use in site.inputs)
-    nothing: frozenset[str] = frozenset()
-    return Cell(operator, site.spec, site.path, (operator.name,), names, site.output.tensor, kernels, nothing, nothing)
+    return Cell(
+        operator=operator,
+        spec=site.spec,
+        path=site.path,
+        members=(operator.name,),
+        inputs=names,
+        output=site.output.tensor,
+        kernels=kernels,
+        activations=frozenset(),
+        held={},
+        gives_float=site.output.encoding is None,
+    )
