@@ -14,15 +14,31 @@ from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, legal_scale
 from qhw.numerics.grid import SMALLEST_SCALE
 from qhw.schema import Bias, Shift
 
-__all__ = ["bias_qparams", "is_bounded_bias", "weight_scale_floor"]
+__all__ = ["add_required_biases", "bias_qparams", "is_bounded_bias", "weight_scale_floor"]
 
 _log = logging.getLogger("qhw")
+
+
+def add_required_biases(work: Work) -> None:
+    """Give operators without a bias one of zeros, where the target's rule requires one (`biases.*.required`)."""
+    operators = {operator.name: operator for operator in work.graph.operators}
+    lacking = [
+        (operators[point.operator], point)
+        for point in work.plan.points
+        if point.role == "bias" and work.target.biases[point.format].required is True
+    ]
+    for operator, point in lacking:
+        if operator.bias is None:
+            name = work.graph.add_bias(operator, torch.zeros(int(operator.attributes["out_channels"])))
+            _log.info("%s: got a bias of zeros, which biases.%s requires.", name, point.format)
 
 
 def bias_qparams(work: Work) -> dict[str, QParams]:
     """QParams of every bias point, once inputs and weights have theirs.
 
-        scale = float32(input scale * weight scale), zero point 0      (Nagel et al. 2021, section 2.1)
+        scale = float32(input scale * weight scale)                    (Nagel et al. 2021, section 2.1)
+
+    Its codes are signed and its zero point is 0, unless the rule says otherwise.
 
     A bias scale of its own is the finest that covers the bias, for the tensor or for each channel (`biases.*.per`);
     where a shift brings it to the sum (`align`), 2^k float32(input scale * weight scale) with the smallest k >= 0 that
@@ -64,9 +80,26 @@ def _left_shifts(rule: Bias) -> tuple[int, int | None]:
 
 
 def _limits(rule: Bias) -> tuple[int, int]:
+    """Lowest and highest code."""
     assert isinstance(rule.bits, int)  # a bias without a width has no point
     bits = rule.bits
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return (0, 2**bits - 1) if rule.signed is False else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _zero_point(rule: Bias) -> int:
+    return rule.zero_point if isinstance(rule.zero_point, int) else 0
+
+
+def _finest(bias: Tensor, rule: Bias) -> Tensor:
+    """The finest scale on which each bias is a code of the rule: float64; infinite where none is.
+
+    Around a zero point of 0 the lowest code is left out, so that a bias and its negative have one scale.
+    """
+    low, high = _limits(rule)
+    zero = _zero_point(rule)
+    below = zero - low if zero or rule.signed is False else high
+    reach = torch.where(bias < 0, float(below), float(high - zero)).double()
+    return torch.where(bias == 0, 0.0, bias.abs().double() / reach)
 
 
 def weight_scale_floor(work: Work, point: QuantPoint) -> Tensor | None:
@@ -94,7 +127,7 @@ def weight_scale_floor(work: Work, point: QuantPoint) -> Tensor | None:
     most = _left_shifts(rule)[1] or 0 if rule.scale == "own" else 0
     unit = work.qparams[work.input_group(point.operator)].scale.double() * 2.0**most
     # A float32 product of two scales may lie half an ulp below the real one.
-    floor = _bias(work, point).abs() / _limits(rule)[1] / unit * (1 + 2.0**-20)
+    floor = _finest(_bias(work, point), rule) / unit * (1 + 2.0**-20)
     if not scale.dim():
         return floor.amax() if floor.numel() else torch.zeros((), dtype=torch.float64)
     # A grouped transposed convolution has weights [in, out / groups, ...]: its groups share the scales.
@@ -122,7 +155,7 @@ def _coarsen_weights(work: Work, point: QuantPoint) -> None:
     group = _weight_group(work, point)
     found = work.qparams[group]
     short = found.scale.double() < smallest
-    if bool(short.any()):
+    if bool(short.any()) and bool(torch.isfinite(smallest).all()):
         wanted = torch.where(short, smallest, found.scale.double())
         scale = torch.where(short, legal_scale(wanted, work.grid(group)), found.scale)
         work.qparams[group] = replace(found, scale=scale)
@@ -133,13 +166,16 @@ def _coarsen_weights(work: Work, point: QuantPoint) -> None:
 def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
     low, high = _limits(rule)
     bias = _bias(work, point)
+    finest = _finest(bias, rule)
+    if not bool(torch.isfinite(finest).all()):
+        raise _too_negative(point, rule)
     if rule.scale == "own":
-        scale = _own_scale(work, point, rule, bias, high)
+        scale = _own_scale(work, point, rule, finest)
     else:
         scale = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
         _check_unit(point, scale)
         scale = scale.clamp(min=SMALLEST_SCALE)
-    over = int(((bias / scale.double()).abs() > high).sum()) if is_bounded_bias(rule) else 0
+    over = int((finest > scale.double()).sum()) if is_bounded_bias(rule) else 0
     if over and rule.out_of_range == "saturate":
         _log.warning(
             "%s: %d biases do not fit biases.%s.bits = %s and are clamped.", point.name, over, point.format, rule.bits
@@ -147,16 +183,16 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
     elif over:
         raise _too_large(point, rule, float((bias / scale.double()).abs().max()))
     granularity = PerAxis(0) if scale.dim() else PerTensor()
-    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), low, high, granularity)
+    return QParams(scale, torch.full_like(scale, _zero_point(rule), dtype=torch.int32), low, high, granularity)
 
 
-def _own_scale(work: Work, point: QuantPoint, rule: Bias, bias: Tensor, high: int) -> Tensor:
+def _own_scale(work: Work, point: QuantPoint, rule: Bias, finest: Tensor) -> Tensor:
     """The finest scale that covers a bias: any; or, where it is shifted left to meet the sum, 2^k times the sum's."""
-    smallest = bias.abs() / high if rule.per == "out_channel" else (bias.abs() / high).amax()
+    smallest = finest if rule.per == "out_channel" else finest.amax()
     if rule.align != "shift" or rule.applied == "after_multiplier":
         return smallest.clamp(min=SMALLEST_SCALE).float()
-    unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(bias))
-    unit = unit.expand(len(bias)) if rule.per == "out_channel" else unit.amax()
+    unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(finest))
+    unit = unit.expand(len(finest)) if rule.per == "out_channel" else unit.amax()
     mantissa, exponent = torch.frexp(smallest / unit.double())
     least, most = _left_shifts(rule)
     shift = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(least, most)
@@ -169,6 +205,14 @@ def _check_unit(point: QuantPoint, scale: Tensor) -> None:
             f"{point.operator}: input scale times weight scale must be a finite float32; got {float(scale.max()):g}. "
             f"Scale its inputs or weights down, or keep '{point.operator}' in float with --keep-float."
         )
+
+
+def _too_negative(point: QuantPoint, rule: Bias) -> PlanError:
+    low, high = _limits(rule)
+    return PlanError(
+        f"{point.name}: has values on the side of the zero point {_zero_point(rule)} where biases.{point.format} has no "
+        f"codes ({low} to {high}). Keep '{point.operator}' in float with --keep-float, or take another kernel."
+    )
 
 
 def _too_large(point: QuantPoint, rule: Bias, worst: float) -> PlanError:

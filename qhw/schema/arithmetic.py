@@ -31,11 +31,11 @@ class Bias(Table):
     """How a bias is stored and added."""
 
     bits: Width | Literal["float"] | Unknown | None = used('Width of one bias, or "float" where it is not quantized.')
-    signed: bool | Unknown | None = recorded("True: two's complement; every bias in the field is.")
+    signed: bool | Unknown | None = used("False: codes from 0. Absent: two's complement.")
     scale: Literal["input*weight", "own"] | Unknown | None = used(
         "Whether the bias is in units of input scale times weight scale, or has a scale of its own."
     )
-    zero_point: Int64 | Unknown | None = recorded("The code of 0.0.")
+    zero_point: Int64 | Unknown | None = used("The code of 0.0. Absent: 0.")
     per: Literal["tensor", "out_channel"] | Unknown | None = used(
         "Sharing of a bias scale of its own. Absent: one for the tensor."
     )
@@ -51,16 +51,19 @@ class Bias(Table):
         "Legal right shifts of a bias on its way there; left by 7 alone is { min = -7, max = -7 }. One that needs a "
         "longer one does not fit. Absent: any shift left."
     )
-    max_channels: Count | Unknown | None = recorded("Most output channels an operator with a bias may have.")
-    required: bool | Unknown | None = recorded("True: an operator without a bias gets one of zeros.")
+    max_channels: Count | Unknown | None = used("Most output channels an operator with a bias may have.")
+    required: bool | Unknown | None = used("True: an operator without a bias gets one of zeros.")
     storage_bits: tuple[Width, ...] | Unknown | None = recorded(
-        "Widths of the stored integers where wider than `bits`."
+        "Widths of the stored integers where wider than `bits`. Not read: a matter of the artefact."
     )
     out_of_range: Literal["saturate", "wrap", "refuse", "enlarge_scale"] | Unknown | None = used(
         "What the tool does with a bias that does not fit, where no step has made it fit: clamp it, or give its "
         "weights a coarser scale; `wrap` and `refuse` are an error. Absent: as `enlarge_scale`."
     )
-    rounding: Rounding | Unknown | None = recorded("Rounding of the offline conversion from real values to codes.")
+    rounding: Rounding | Unknown | None = recorded(
+        "Rounding of the offline conversion from real values to codes. Not read: biases are rounded half to "
+        "even, which differs in ties alone."
+    )
 
     def rules(self) -> Iterator[Problem]:
         """A bias is shifted left, and only one of a scale of its own."""
@@ -89,7 +92,9 @@ class Accumulator(Table):
         'Width of the sum, or "per_layer" where hardware is generated with the width each layer needs.',
         recorded_values=("per_layer",),
     )
-    signed: bool | Unknown | None = recorded("True: two's complement; absent: signed.")
+    signed: bool | Unknown | None = recorded(
+        "True: two's complement; absent: signed. Not read: no hardware described so far sums without a sign."
+    )
     overflow: Overflow | Unknown | None = used(
         'What happens past the range; "exact": it cannot happen. A sum that saturates and may not fit depends on '
         "`products_per_step`, `order` and `bias_added`."
@@ -108,9 +113,12 @@ class Accumulator(Table):
     pairwise: Pairwise | Unknown | None = used(
         "An intermediate sum, of two neighbouring products, that is narrower than the accumulator."
     )
-    mantissa_bits: Width | Unknown | None = recorded("Float accumulators: bits of mantissa really kept.")
+    mantissa_bits: Width | Unknown | None = recorded(
+        "Float accumulators: bits of mantissa really kept. Not read: sums in float have no exact form."
+    )
     promotion_interval: Count | Unknown | None = recorded(
-        "Products summed before the partial sum moves into a wider accumulator."
+        "Products summed before the partial sum moves into a wider accumulator. Not read: sums in float have no exact "
+        "form."
     )
 
 
@@ -166,7 +174,9 @@ class Requantize(Table):
         "shift, ties away from zero (gemmlowp); `selectable`: a run-time register, see `selectable`.",
         recorded_values=("to_odd", "selectable", "none"),
     )
-    selectable: tuple[Rounding, ...] | Unknown | None = recorded("The roundings a run-time register can select.")
+    selectable: tuple[Rounding, ...] | Unknown | None = recorded(
+        "The roundings a run-time register can select. Not read: which one a compiler sets is no fact of the hardware."
+    )
     stages: tuple[Stage, ...] | Unknown | None = used(
         "Every step that rounds, in order, where one rule does not name them: of kinds `fixed_point` and `shift`."
     )
@@ -177,14 +187,17 @@ class Requantize(Table):
     )
     align: Align | Unknown | None = used("Of kind `shift`: how a sum brings operands of two scales to one.")
     shift_per: Literal["tensor", "out_channel"] | Unknown | None = recorded(
-        "Sharing of the shift where it differs from `per`."
+        "Sharing of the shift where it differs from `per`. Not read: multipliers and shifts are chosen channel by "
+        "channel."
     )
     out_of_range: Literal["saturate", "wrap", "zero_scale", "refuse"] | Unknown | None = used(
         "What happens to a multiplier or shift out of range; `zero_scale`: the result is silently scaled by 0. Absent: "
         "refused.",
         recorded_values=("wrap",),
     )
-    per: Literal["tensor", "out_channel"] | Unknown | None = recorded("Sharing of the multiplier.")
+    per: Literal["tensor", "out_channel"] | Unknown | None = used(
+        "Sharing of the multiplier. `tensor`: weights have one scale, too."
+    )
     regrid: Literal["ratio", "dequantize"] | Unknown | None = used(
         "How an operand gets onto another grid than its tensor's: by this requantization with the ratio of both "
         "scales, or dequantized to float32 and quantized again. Absent: ratio."

@@ -63,13 +63,14 @@ class Kernel(Table):
     exponents: tuple[ExponentBound, ...] | Unknown | None = used(
         "Inequalities between power-of-two scales, kept by the fit stage."
     )
-    fused: Fused | Unknown | None = recorded(
+    fused: Fused | Unknown | None = used(
         "Operators this kernel takes in, where it differs from the operator's own list."
     )
     macs_per_cycle: Positive | Unknown | None = used("Multiply-accumulates per clock cycle at full use.")
     simd_lanes: Count | Unknown | None = recorded("Elements one instruction or one weight word holds.")
-    preference_cost: Amount | Unknown | None = recorded(
-        "Cost of choosing this kernel over another legal one (0: native)."
+    preference_cost: Amount | Unknown | None = used(
+        "Cost of choosing this kernel over another legal one (0: native, also where none is stated): the cheapest is "
+        "preferred, then the first listed."
     )
 
     def rules(self) -> Iterator[Problem]:

@@ -68,7 +68,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "padding": ("same", "valid", "explicit", "zero"),
     "axis": ("channel", "height", "width", "last"),
 }
-PLANNED_LIMITS = ("kernel", "stride", "dilation", "groups", "in_channels", "out_channels", "rank", "inputs")
+PLANNED_LIMITS = tuple(name for name in ATTRIBUTES if name != "rescale")
 LimitValue = Int64 | Word | tuple[Int64, ...]
 
 
@@ -167,7 +167,11 @@ class Operator(Table):
         default_factory=dict,
         description='Per attribute a list of allowed values, a table {min, max, multiple_of, values}, or "any". An '
         'integer holds for every spatial dimension, a list [h, w] for both together; groups know the words "1" and '
-        '"channels". Read by the planner: ' + ", ".join(PLANNED_LIMITS) + ".",
+        '"channels", padding "valid" (none), "same" (as TFLite has it, in equal parts), "explicit" and "zero" (any, of '
+        'zeros), axis "channel", "height", "width" and "last", and mode the words of ONNX and of torch. `rank`, '
+        "`elements` (of one sample) and `outputs` are the result's; `height` and `width` the last two axes of the "
+        "first operand; `reduced_elements` are behind one element of the result. Not read: `rescale`, a ratio of "
+        "scales that is known behind calibration alone, where `requantize.*.ratio` is kept.",
         json_schema_extra={"recorded_keys": [name for name in ATTRIBUTES if name not in PLANNED_LIMITS]},
     )
     fused: Fused | Unknown | None = used(
@@ -175,8 +179,7 @@ class Operator(Table):
     )
     same_scale: Literal["none", "input_output", "inputs", "all", "aligned"] | Unknown | None = used(
         "Which tensors carry one common scale and zero point: none; input and output; all inputs; all inputs and the "
-        "output; `aligned`: scales are brought together but need not be identical.",
-        recorded_values=("aligned",),
+        "output; `aligned`: one format for all inputs and the output, each with its own scale.",
     )
     fixed_output: dict[Id, FixedOutput] | Unknown | None = used(
         "Per output format the parameters the result always has."
@@ -205,21 +208,29 @@ class Operator(Table):
         "Per input format the bits operands are shifted left by before they are rescaled and added."
     )
     approximation: Approximation | Unknown | None = used("What is computed in place of the exact function.")
-    output: Literal["integer", "float"] | Unknown | None = recorded(
-        "`float`: the result is float whatever the kernel says."
+    output: Literal["integer", "float"] | Unknown | None = used(
+        "`float`: the result is float whatever the kernel says; in float32 it is the operator's own function."
     )
-    parameters: Literal["integer", "float"] | Unknown | None = recorded("`float`: its weights are not quantized.")
-    may_change_precision: bool | Unknown | None = recorded("False: inputs, parameters and output have equal widths.")
+    parameters: Literal["integer", "float"] | Unknown | None = used("`float`: its weights are not quantized.")
+    may_change_precision: bool | Unknown | None = used(
+        "False: inputs, weights and output have formats of one width (`bits`)."
+    )
     weight_axis: Annotated[int, Field(ge=-8, le=7), Says("an integer from -8 to 7")] | Unknown | None = recorded(
-        "Axis of the artefact's weight tensor that keeps one scale per index."
+        "Axis of the artefact's weight tensor that keeps one scale per index. Not read: the planner has one scale per "
+        "output channel whatever the layout, and an exporter knows the layout of what it writes."
     )
     weight_layout: Word | None = recorded(
-        "Layout of the artefact's weight tensor, as `1HWC`; `weight_axis` counts in it."
+        "Layout of the artefact's weight tensor, as `1HWC`; `weight_axis` counts in it. Not read: a matter of the "
+        "artefact, whose exporter knows it."
     )
-    weight_scales: Literal["out_channels", "out_channels/groups"] | Unknown | None = recorded(
-        "How many weight scales a grouped operator carries."
+    weight_scales: Literal["out_channels", "out_channels/groups"] | Unknown | None = used(
+        "How many weight scales a grouped operator carries. A grouped transposed convolution gets out_channels/groups "
+        "of them, any other out_channels; where the other number is asked for, its weights have one scale."
     )
-    preference_cost: Amount | Unknown | None = recorded("Cost of running it here over the host (0: none).")
+    preference_cost: Amount | Unknown | None = recorded(
+        "Cost of running it here over the host (0: none). Not read: nothing says what the host costs, so that what can "
+        "run here does."
+    )
 
     def rules(self) -> Iterator[Problem]:
         """Limits allow something, in words their attribute knows."""

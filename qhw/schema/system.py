@@ -15,16 +15,18 @@ ClaimValue = Annotated[Scalar | tuple[Scalar, ...], Says("a number, a text, true
 class Boundary(Table):
     """What crosses the edge of the network."""
 
-    inputs: Literal["quantized", "float"] | Unknown | None = recorded("Whether graph inputs are quantized.")
+    inputs: Literal["quantized", "float"] | Unknown | None = used(
+        "Whether graph inputs are quantized. `float`: what reads one is left to the host."
+    )
     outputs: Literal["quantized", "float"] | Unknown | None = used("Whether graph outputs, logits too, are quantized.")
     artefact_io: Literal["integer", "float"] | Unknown | None = recorded(
         "Whether the artefact takes and gives codes or reals."
     )
-    input_formats: tuple[Id, ...] | Unknown | None = recorded(
-        "Formats graph inputs may have, where fewer than the kernels'."
+    input_formats: tuple[Id, ...] | Unknown | None = used(
+        "Formats graph inputs may have, where other than the kernels'; what a kernel cannot read is requantized."
     )
-    output_formats: tuple[Id, ...] | Unknown | None = recorded(
-        "Formats graph outputs may have, where other than the kernels'."
+    output_formats: tuple[Id, ...] | Unknown | None = used(
+        "Formats graph outputs may have: in place of its kernel's where no operator here reads one, else of those."
     )
 
 
@@ -43,10 +45,20 @@ class Artefact(Table):
 class Network(Table):
     """Limits of a network as a whole."""
 
-    max_layers: Count | Unknown | None = recorded("Most layers.")
-    static_shapes: bool | Unknown | None = recorded("True: all sizes are fixed when the network is compiled.")
-    max_rank: Count | Unknown | None = recorded("Most dimensions of any tensor.")
-    max_weight_bytes: Count | Unknown | None = recorded("Most bytes of weights.")
+    max_layers: Count | Unknown | None = used(
+        "Most layers: operators that a kernel computes, with what is fused to them. What comes later goes to the host."
+    )
+    static_shapes: bool | Unknown | None = recorded(
+        "True: all sizes are fixed when the network is compiled. Not read: a captured model fixes all but the batch, "
+        "which an artefact leaves open."
+    )
+    max_rank: Count | Unknown | None = used(
+        "Most dimensions of any tensor, the batch included. What reads or gives one with more goes to the host."
+    )
+    max_weight_bytes: Count | Unknown | None = used(
+        "Most bytes of weights, all packed in the width of their format. Those that do not fit beside the ones before "
+        "them go to the host with their operator."
+    )
 
 
 class Memory(Table):

@@ -86,7 +86,7 @@ CASES = [
         "codes = [-127, 127], zero_point = 0",
         'kind = "palette"',
         "error: operators.Conv: has no legal format, none of its kernels can be planned. "
-        'mac: weight w8: kind: "palette" formats are recorded, not used yet.',
+        'mac: weight w8: palette: absent; kind = "palette" needs it.',
     ),
     (
         "absent operand",
@@ -215,14 +215,14 @@ def test_findings_carry_their_place_and_come_by_severity(tmp_path: Path) -> None
 
 
 def test_recorded_fields_are_those_marked_in_the_models() -> None:
-    text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "to_odd", scale = { kind = "e8m0" }')
+    text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "to_odd", scale = { kind = "fixed_point" }')
     text = text.replace("bits = 32, ", "bits = 32, signed = true, ")
-    text = text.replace("operators.Gemm = { ", 'operators.Gemm = { limits = { rank = [2], axis = ["last"] }, ')
+    text = text.replace("operators.Gemm = { ", 'operators.Gemm = { limits = { rank = [2], rescale = { max = 2 } }, ')
     assert set(recorded_fields(parse_target(text))) == {
         ("formats", "a8", "rounding"),
         ("formats", "a8", "scale", "kind"),
         ("accumulators", "acc", "signed"),
-        ("operators", "Gemm", "limits", "axis"),
+        ("operators", "Gemm", "limits", "rescale"),
     }
 
 

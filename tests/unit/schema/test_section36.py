@@ -20,6 +20,7 @@ USED: dict[int, dict[str, Any]] = {
         "formats.four_full.codes": (-8, 7),
         "formats.binary_zero.codes": (-1, 0),
         "formats.two.codes": (-2, 1),
+        "formats.bipolar.code_set": (-1, 1),
     },
     3: {"formats.a8u.signed": False, "kernels.mac.input": ("a8u", "a8")},
     4: {
@@ -27,7 +28,17 @@ USED: dict[int, dict[str, Any]] = {
         "formats.u85_u16.zero_point": (0, 32768),
         "formats.ne16_w8.zero_point": "free",
     },
+    5: {"formats.lut.kind": "palette", "formats.lut.palette": None, "formats.lut_int8.palette": None},
+    6: {
+        "formats.e4m3.kind": "float",
+        "formats.e4m3.finite_max": 240.0,
+        "formats.e4m3.exponent_bits": 4,
+        "formats.e4m3.mantissa_bits": 3,
+    },
     7: {
+        "formats.half.scale.kind": "float16",
+        "formats.mx.scale.kind": "e8m0",
+        "formats.nv.scale.kind": "e4m3",
         "formats.shifted.scale.kind": "power_of_two",
         "formats.shifted.scale.exponent_min": -15,
         "formats.q7.scale.values": (0.0078125,),
@@ -40,6 +51,7 @@ USED: dict[int, dict[str, Any]] = {
         "formats.mtk_a8.scale.max": 1e6,
         "formats.qnn_a8.scale.min": 1e-4 / 255,
         "requantize.lrint.ratio.max": 255.99999,
+        "operators.LeakyRelu.limits.slope": None,
     },
     9: {
         "kernels.mac.requantize": "scaled",
@@ -49,10 +61,15 @@ USED: dict[int, dict[str, Any]] = {
         "requantize.scaled.shift.min": 0,
         "requantize.scaled.shift.max": 63,
         "requantize.scaled.out_of_range": "zero_scale",
+        "requantize.scaled.per": "out_channel",
     },
     10: {"formats.blocks.group_size": (32, 64, 128, 256), "formats.lpbq.per": "group"},
     11: {"formats.s8.scale.kind": "power_of_two", "kernels.mac.bias": "own", "biases.own.scale": "own"},
-    12: {"formats.layer.per": "tensor", "operators.Conv.kernels": ("layerwise",)},
+    12: {
+        "formats.layer.per": "tensor",
+        "operators.Conv.kernels": ("layerwise",),
+        "operators.ConvTranspose.weight_scales": "out_channels/groups",
+    },
     13: {
         "formats.w_channel.zero_point": 0,
         "formats.w_channel.per": "out_channel",
@@ -70,6 +87,8 @@ USED: dict[int, dict[str, Any]] = {
         "biases.wide.out_of_range": "refuse",
         "kernels.mac16.bias": "wide",
         "kernels.plain.bias": "none",
+        "biases.small.max_channels": 512,
+        "biases.small.required": True,
     },
     15: {
         "accumulators.qacc.bits": 20,
@@ -103,10 +122,24 @@ USED: dict[int, dict[str, Any]] = {
         "operators.Add.same_scale": "inputs",
         "operators.Concat.same_scale": "all",
         "operators.Mul.same_scale": "none",
+        "operators.AveragePool.same_scale": "aligned",
     },
-    20: {"operators.Tanh.approximation.kind": "table", "operators.Tanh.approximation.entries": 257},
-    21: {"operators.Conv.fused": ("Relu", "PRelu", "LeakyRelu", "HardSwish", ("Add", "Relu"))},
-    22: {"kernels.a16_w8.output": ("u8",), "kernels.a16_w8_a16.output": ("u16",)},
+    20: {
+        "operators.Tanh.approximation.kind": "table",
+        "operators.Tanh.approximation.entries": 257,
+        "operators.Softmax.output": "float",
+        "operators.LayerNormalization.parameters": "float",
+    },
+    21: {
+        "operators.Conv.fused": ("Relu", "PRelu", "LeakyRelu", "HardSwish", ("Add", "Relu")),
+        "kernels.mac_symmetric.fused": (),
+    },
+    22: {
+        "kernels.a16_w8.output": ("u8",),
+        "kernels.a16_w8_a16.output": ("u16",),
+        "operators.Conv.may_change_precision": True,
+        "operators.Resize.may_change_precision": False,
+    },
     23: {
         "operators.Conv.limits.kernel": ((1, 1), (3, 3)),
         "operators.Conv.limits.stride": (1,),
@@ -119,6 +152,14 @@ USED: dict[int, dict[str, Any]] = {
         "operators.DepthwiseConv.kernels": (),
         "fallback": "single_partition",
         "boundary.outputs": "quantized",
+        "boundary.inputs": "quantized",
+        "network.max_layers": 32,
+        "network.max_rank": 4,
+        "operators.Conv.limits.padding": ("same", "valid", 0, 1, 2),
+        "operators.Conv.limits.height": None,
+        "operators.ReduceMean.limits.reduced_elements": None,
+        "operators.Resize.limits.mode": ("nearest", "linear"),
+        "boundary.output_formats": ("a8", "out32"),
     },
     25: {
         "kernels.mac8.macs_per_cycle": 256.0,
@@ -141,24 +182,14 @@ USED: dict[int, dict[str, Any]] = {
 
 RECORDED: dict[int, dict[str, Any]] = {
     1: {"valid_for": {"artefact": ("TOSA 1.0 PRO-INT",)}},
-    2: {"formats.bipolar.code_set": (-1, 1), "formats.mx.encoding": "sign_magnitude"},
+    2: {"formats.mx.encoding": "sign_magnitude"},
     3: {"formats.a8.preference_cost": 1.0, "formats.a8u.preference_cost": 0.0},
     4: {
         "formats.ne16_w8.zero_point_per": "tensor",
         "formats.ne16_w8.zero_point_bits": 8,
         "formats.ne16_w8.zero_point_cost": 0.0,
     },
-    5: {"formats.lut.kind": "palette", "formats.lut.palette": None, "formats.lut_int8.palette": None},
-    6: {
-        "formats.e4m3.kind": "float",
-        "formats.e4m3.finite_max": 240.0,
-        "formats.e4m3.exponent_bits": 4,
-        "formats.e4m3.mantissa_bits": 3,
-    },
     7: {
-        "formats.half.scale.kind": "float16",
-        "formats.mx.scale.kind": "e8m0",
-        "formats.nv.scale.kind": "e4m3",
         "formats.nv.scale.outer": "float32",
         "formats.imx_act.scale.quantity": "threshold",
         "formats.imx_weight.scale.quantity": "threshold",
@@ -166,11 +197,9 @@ RECORDED: dict[int, dict[str, Any]] = {
     8: {
         "formats.qnn_a8.min_real_range": 1e-4,
         "operators.LeakyRelu.limits.rescale": None,
-        "operators.LeakyRelu.limits.slope": None,
     },
     9: {
         "requantize.scaled.shift_per": "out_channel",
-        "requantize.scaled.per": "out_channel",
     },
     10: {
         "formats.lpbq.scale.inner_bits": 4,
@@ -185,12 +214,9 @@ RECORDED: dict[int, dict[str, Any]] = {
         "operators.DepthwiseConv.weight_axis": 3,
         "operators.DepthwiseConv.weight_layout": "1HWC",
         "operators.ConvTranspose.weight_axis": 1,
-        "operators.ConvTranspose.weight_scales": "out_channels/groups",
     },
     13: {"valid_for": {"artefact": ("ONNX QDQ",)}},
     14: {
-        "biases.small.max_channels": 512,
-        "biases.small.required": True,
         "biases.wide.storage_bits": (32, 64),
     },
     15: {
@@ -210,29 +236,17 @@ RECORDED: dict[int, dict[str, Any]] = {
         "requantize.finn.rounding": "none",
         "valid_for": {"isa": ("Arm NEON",), "build": ("TFLITE_SINGLE_ROUNDING=0",)},
     },
-    19: {"operators.AveragePool.same_scale": "aligned"},
     20: {
         "operators.AveragePool.approximation.kind": "fraction",
         "operators.AveragePool.approximation.constants": {"3x3": 0.109375, "5x5": 0.0390625, "7x7": 0.0205078125},
         "operators.LeakyRelu.approximation.kind": "rounded_parameter",
         "operators.Elu.approximation.segments": 16,
         "operators.Tanh.approximation.sample_step": 256,
-        "operators.Softmax.output": "float",
-        "operators.LayerNormalization.parameters": "float",
     },
-    21: {"kernels.mac_symmetric.fused": (), "valid_for": {"silicon": ("V73",)}},
-    22: {"operators.Conv.may_change_precision": True, "operators.Resize.may_change_precision": False},
+    21: {"valid_for": {"silicon": ("V73",)}},
     23: {
-        "boundary.inputs": "quantized",
-        "network.max_layers": 32,
         "network.static_shapes": True,
-        "network.max_rank": 4,
-        "operators.Conv.limits.padding": ("same", "valid", 0, 1, 2),
-        "operators.Conv.limits.height": None,
-        "operators.ReduceMean.limits.reduced_elements": None,
-        "operators.Resize.limits.mode": ("nearest", "linear"),
         "boundary.artefact_io": "integer",
-        "boundary.output_formats": ("a8", "out32"),
     },
     24: {
         "valid_for": {
