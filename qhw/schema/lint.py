@@ -4,26 +4,27 @@
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from qhw.schema.base import UNKNOWN, Path, leaves
 from qhw.schema.closest import closest
 from qhw.schema.formats import Format
 from qhw.schema.kernels import Kernel
-from qhw.schema.kinds import TWO_ACTIVATIONS
+from qhw.schema.kinds import OPERATOR_KINDS, TWO_ACTIVATIONS
+from qhw.schema.lint_numbers import contradictions
+from qhw.schema.lint_reach import unreachable
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
 from qhw.schema.messages import shown
 from qhw.schema.operators import Operator
 from qhw.schema.provenance import claim_tables, claims, leaf_paths
 from qhw.schema.read import dotted
+from qhw.schema.remarks import Remark, Severity
 from qhw.schema.scales import Scale
 from qhw.schema.spec import TargetSpec
 from qhw.schema.write import plain_data
 
 __all__ = ["Finding", "lint"]
 
-Severity = Literal["error", "warning", "info"]
 ORDER: tuple[Severity, ...] = ("error", "warning", "info")
 BLOCKING = re.compile(
     r"formats\.\w+\.(kind|bits|signed|codes|per|group_size|zero_point|scale|scale\.(kind|values))"
@@ -37,7 +38,8 @@ class Finding:
     """One remark about a target.
 
     Attributes:
-        severity: `error`: it cannot be planned with as it stands. `warning`: something is probably wrong or missing.
+        severity: `error`: it cannot be planned with as it stands, or contradicts itself. `warning`: something is
+            probably wrong, missing, or reached by nothing.
             `info`: true and worth knowing.
         path: Dotted path of the field.
         message: What about it.
@@ -55,18 +57,20 @@ class Finding:
 
 
 def lint(
-    spec: TargetSpec, located: Located | None = None, *, known_kinds: Collection[str] | None = None
+    spec: TargetSpec, located: Located | None = None, *, known_kinds: Collection[str] | None = OPERATOR_KINDS
 ) -> tuple[Finding, ...]:
     """All remarks about a target, errors first, then in the order of the checks.
 
     Args:
         spec: The resolved target.
         located: Where its fields are written, as `read_target_file` returns it; gives each finding its place.
-        known_kinds: The operator kinds there are; without them names of kinds are not checked.
+        known_kinds: The operator kinds there are; None: names of kinds are not checked.
     """
     found = [
         *_formats(spec),
         *_weights(spec),
+        *contradictions(spec),
+        *unreachable(spec),
         *_operators(spec),
         *_kinds(spec, known_kinds),
         *_unused(spec),
@@ -80,9 +84,6 @@ def lint(
         for severity, path, message in found
     ]
     return tuple(sorted(placed, key=lambda finding: ORDER.index(finding.severity)))
-
-
-Remark = tuple[Severity, Path, str]
 
 
 def _formats(spec: TargetSpec) -> Iterator[Remark]:
