@@ -12,6 +12,7 @@ from qhw.graph import Graph, Placement
 from qhw.numerics import Grid, LearnedQuantizer, QParams
 from qhw.schema import TargetSpec
 from qhw_plugins.accumulator_projection import AccumulatorProjection
+from qhw_plugins.sites import not_uniform
 
 
 class AccumulatorAwareQuantizer(LearnedQuantizer):
@@ -101,6 +102,8 @@ def _site(site: Site, graph: Graph, points: Placement, target: TargetSpec) -> Si
         rule = "a weight of {value} has its channels elsewhere, or several readers"
         return _refused(site, Reason(subject=f"graph.{operator.name}.kind", value=operator.kind, rule=rule))
     spec = target.formats[point.format]
+    if not spec.is_uniform:
+        return _refused(site, not_uniform(target, point.format))
     if spec.per == "group" or spec.zero_point != 0:
         rule = "scales per {value}, or a zero point that is not 0, have no bound here"
         return _refused(site, Reason(subject=f"formats.{point.format}.per", value=spec.per, rule=rule))

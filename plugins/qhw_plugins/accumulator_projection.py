@@ -15,6 +15,7 @@ from qhw.graph import Graph, Operator, Placement, input_point, num_products, sum
 from qhw.numerics import accumulator_bits_needed, accumulator_bounds
 from qhw.schema import TargetSpec
 from qhw_plugins.fitted_weights import FittedWeight, refused, weight_survey, weighted_users
+from qhw_plugins.sites import not_uniform
 from qhw_plugins.weight_loss import lowest, sqnr_db
 
 
@@ -67,6 +68,9 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
         value = bits if bits is not None else name
         return refused(subject, value, "the width of the accumulator is {value}: nothing to hold sums to")
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
+    for form in (weight_format, *(() if point is None else (point.format,))):
+        if not target.formats[form].is_uniform:
+            return Verdict(taken=False, reasons=(not_uniform(target, form),))
     if weight.zero_point not in (0, None):
         return refused(
             f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point of {value}"

@@ -66,7 +66,7 @@ class LearnedRanges(TrainingAlgorithm):
 
 
 def _lsq_factor(form: Any, group: str) -> float:
-    """1 / sqrt(N quant_max): N the elements that share the scale, of one sample where they are activations."""
+    """1 / sqrt(N highest): N the elements that share the scale, of one sample where they are activations."""
     point, qparams = form.group(group)[0], form.qparams[group]
     shape = form.graph.tensor(point.tensor).shape if point.role == "weight" else form.shape(point)[1:]
     count = math.prod(shape)
@@ -74,7 +74,8 @@ def _lsq_factor(form: Any, group: str) -> float:
         count //= max(shape[qparams.granularity.axis], 1)
     elif isinstance(qparams.granularity, PerGroup):
         count = qparams.granularity.group_size
-    return 1.0 / math.sqrt(max(count, 1) * max(qparams.quant_max, 1))
+    highest = qparams.quant_max if qparams.elements is None else qparams.elements.highest
+    return 1.0 / math.sqrt(max(count, 1) * max(highest, 1))
 
 
 @hookimpl

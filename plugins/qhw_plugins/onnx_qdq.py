@@ -62,7 +62,10 @@ class OnnxQdq(Exporter):
                 problems[f"{point.group}: its quantizer is switched off; call set_enabled(True) first"] = None
             if quantizer.rounding != "half_even":
                 problems[f"{point.group}: rounds {quantizer.rounding}; QuantizeLinear rounds half_even"] = None
-            if storage_of(qparams, activation=activation) is None:
+            if qparams.elements is not None:
+                what = f"formats.{point.format} holds {qparams.elements.words}, and this form holds integers"
+                problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
+            elif storage_of(qparams, activation=activation) is None:
                 limit = "16 bits" if activation else "16 bits, or 32 with zero point 0,"
                 problems[f"{point.group}: {qparams.bits} bits have no ONNX type; use {limit} or fewer"] = None
             elif activation and not isinstance(qparams.granularity, PerTensor):

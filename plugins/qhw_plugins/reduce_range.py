@@ -14,6 +14,7 @@ from qhw.graph import Graph, Operator, Placement, input_point
 from qhw.numerics import Operands, PerTensor, QParams, multiplied_range, pair_sums
 from qhw.schema import Accumulator, Pairwise, TargetSpec
 from qhw_plugins.fitted_weights import FittedWeight, refused, weight_survey, weighted_users
+from qhw_plugins.sites import not_uniform
 from qhw_plugins.weight_loss import lowest, sqnr_db
 
 _FORMS: tuple[Operands, ...] = ("centred", "stored", "unsigned")
@@ -66,6 +67,9 @@ def _verdict(operator: Operator, weight_format: str, points: Placement, target: 
         rule = "its width is {value}: nothing to hold pairs to" if value else "no register holds sums of two products"
         return refused(subject, value, rule)
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
+    for form in (weight_format, *(() if point is None else (point.format,))):
+        if not target.formats[form].is_uniform:
+            return Verdict(taken=False, reasons=(not_uniform(target, form),))
     if weight.zero_point not in (0, None):
         return refused(f"formats.{weight_format}.zero_point", str(weight.zero_point), "weights have a zero point")
     codes = max(-int(weight.quant_min or 0), int(weight.quant_max or 0))

@@ -40,9 +40,10 @@ class RangeQuantizer(FakeQuantizer):
         super().__init__(qparams, name=name)
         self.grid = grid
         self.momentum = momentum
+        low, high = grid.ends(0)
         zero = qparams.zero_point.float()
-        self.register_buffer("low", (qparams.quant_min - zero) * qparams.scale)
-        self.register_buffer("high", (qparams.quant_max - zero) * qparams.scale)
+        self.register_buffer("low", (low - zero) * qparams.scale)
+        self.register_buffer("high", (high - zero) * qparams.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized x; in training its range counts first."""

@@ -133,6 +133,8 @@ class _Reader:
 
     def _span(self, group: str) -> float:
         q: QParams = self._work.qparams[group]
+        if q.elements is not None:
+            return max(q.elements.highest, -q.elements.lowest)
         return float(max(q.quant_max - int(q.zero_point), int(q.zero_point) - q.quant_min))
 
     def _sums(self, x: str, weight: str) -> Iterator[Relation]:

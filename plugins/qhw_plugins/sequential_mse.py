@@ -86,8 +86,7 @@ class SequentialMse(Algorithm):
             index = _per_scale(stacked.flatten(1), len(found[0].scale)).argmin(0)
         scale = torch.stack([q.scale for q in found]).gather(0, index.reshape(1, *found[0].scale.shape))[0]
         zero = torch.stack([q.zero_point for q in found]).gather(0, index.reshape(1, *found[0].scale.shape))[0]
-        chosen = QParams(scale, zero, grid.quant_min, grid.quant_max, granularity)
-        return chosen, float(shares[index].mean())
+        return grid.qparams(scale, zero, granularity), float(shares[index].mean())
 
 
 def _per_scale(errors: Tensor, scales: int) -> Tensor:

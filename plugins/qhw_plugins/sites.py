@@ -66,6 +66,15 @@ def _scale_site(points: Placement, target: TargetSpec, group: str) -> Site:
     return Site(name=group, verdict=TAKEN)
 
 
+def not_uniform(target: TargetSpec, name: str) -> Reason:
+    """Why an algorithm for integers does nothing on a format whose codes are no range of them."""
+    spec = target.formats[name]
+    if spec.code_set is not None:
+        rule = "the codes {value} are not one scale apart"
+        return Reason(subject=f"formats.{name}.code_set", value=str(spec.code_set), rule=rule)
+    return Reason(subject=f"formats.{name}.kind", value=spec.kind, rule="{value} codes are not one scale apart")
+
+
 def needs_calibration(resources: Resources) -> Survey | None:
     """The refusal of an algorithm that needs data, where there is none."""
     if resources.calibration:
@@ -98,7 +107,9 @@ def weight_width_sites(
             continue
         spec = target.formats[point.format]
         bits, subject = spec.element_bits, f"formats.{point.format}"
-        if not (isinstance(bits, int) and bits <= max_bits):
+        if not spec.is_uniform:
+            verdict = Verdict(taken=False, reasons=(not_uniform(target, point.format),))
+        elif not (isinstance(bits, int) and bits <= max_bits):
             rule = f"{{value}} bits: more than {max_bits}, where others do (--set {algorithm}.max_bits)"
             verdict = Verdict(taken=False, reasons=(Reason(subject=f"{subject}.bits", value=bits, rule=rule),))
         elif spec.per not in per:

@@ -10,7 +10,7 @@ from qhw.decisions import Reason, Resources, Site, Step, Survey, Verdict
 from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, TrainingAlgorithm, hookimpl
 from qhw.graph import Graph, Operator, Placement, QuantPoint
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import TAKEN
+from qhw_plugins.sites import TAKEN, not_uniform
 
 _SPLITTABLE = ("Conv", "DepthwiseConv", "Gemm")
 
@@ -107,6 +107,8 @@ def _keeps(operator: str, points: Placement, target: TargetSpec) -> Reason | Non
     if spec.per != "out_channel":
         rule = "a scale per {value} cannot take each channel's batch norm: it stays folded"
         return Reason(subject=f"{where}.per", value=spec.per, rule=rule)
+    if not spec.is_uniform:
+        return not_uniform(target, point.format)
     kind = getattr(spec.scale, "kind", None) or "float32"
     if kind != "float32":
         return Reason(subject=f"{where}.scale.kind", value=kind, rule="a {value} scale cannot take any factor")

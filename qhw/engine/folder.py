@@ -18,10 +18,12 @@ from torch import Tensor
 
 from qhw import __version__
 from qhw.decisions import QuantPlan, StepReport
+from qhw.engine.number_formats import elements_of
 from qhw.engine.result import QuantizedModel
 from qhw.engine.select import target_fingerprint
 from qhw.engine.unfinished import set_aside, unfinished_folder
 from qhw.errors import PlanError, QhwError, ResultError, TargetError
+from qhw.extension import Registry
 from qhw.graph import graph_from_json, graph_to_json
 from qhw.graph.verify import verify_finite
 from qhw.numerics import FoldedBatchNorm, QParams
@@ -80,8 +82,12 @@ def save_result(
     return folder
 
 
-def load_result(folder: Path) -> QuantizedModel:
+def load_result(folder: Path, registry: Registry | None = None) -> QuantizedModel:
     """Read a result folder.
+
+    Args:
+        folder: What `save_result` wrote.
+        registry: Plugins that know kinds of numbers; absent: all that are installed, asked only where one is needed.
 
     Raises:
         ResultError: it is no result folder, a file is missing or was changed, or does not fit the others.
@@ -90,7 +96,7 @@ def load_result(folder: Path) -> QuantizedModel:
     for name in (*_FILES, *((_SAMPLES,) if _SAMPLES in manifest["files"] else ())):
         _check_hash(folder / name, manifest["files"].get(name))
     try:
-        return _read_result(folder, manifest.get("provenance", {}), _SAMPLES in manifest["files"])
+        return _read_result(folder, manifest.get("provenance", {}), _SAMPLES in manifest["files"], registry)
     except ResultError:
         raise
     except QhwError as error:  # of the target, the plan, the graph or the scales; says which file
@@ -128,7 +134,7 @@ def changed_artefacts(folder: Path) -> list[str]:
     ]
 
 
-def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedModel:
+def _read_result(folder: Path, provenance: Any, has_samples: bool, registry: Registry | None) -> QuantizedModel:
     target, plan = _read_target(folder / "target.json"), _read_plan(folder / "plan.json")
     if (target.name, target_fingerprint(target)) != (plan.target, plan.target_fingerprint):
         raise ResultError(f"{folder}: target.json and plan.json do not belong together. Quantize again.")
@@ -137,10 +143,11 @@ def _read_result(folder: Path, provenance: Any, has_samples: bool) -> QuantizedM
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(("qparams/", "batch_norms/"))}
     graph = graph_from_json(_text(folder / "graph.json"), own, where=str(folder / "graph.json"))
     verify_finite(graph, str(folder / "tensors.safetensors"))
-    qparams = {
-        group: QParams.from_dict(_part(tensors, f"qparams/{group}/"), header)
-        for group, header in steps["encodings"].items()
-    }
+    formats = {point.group: point.format for point in plan.points if point.role != "bias"}
+    qparams = {}
+    for group, header in steps["encodings"].items():
+        elements = elements_of(target, formats[group], registry) if group in formats else None
+        qparams[group] = QParams.from_dict(_part(tensors, f"qparams/{group}/"), header, elements)
     norms = {
         name: FoldedBatchNorm.from_dict(_part(tensors, f"batch_norms/{name}/"), header)
         for name, header in steps.get("batch_norms", {}).items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qhw.decisions import QuantPlan, StepReport
-from qhw.engine.bias import bias_qparams
+from qhw.engine.bias import add_required_biases, bias_qparams
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import Calibration
 from qhw.engine.options import options_for
@@ -24,7 +24,7 @@ from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry
 from qhw.graph import Graph
 from qhw.graph.verify import not_finite
-from qhw.numerics import PerTensor, QParams
+from qhw.numerics import PerTensor
 from qhw.schema import TargetSpec
 
 __all__ = ["apply_step", "finished", "run"]
@@ -69,9 +69,10 @@ def run(
     plan = check_plan(plan, graph, target, registry)
     _check_finite(graph)
     progress = progress or SilentProgress()
-    work = Work(graph.copy(), target, plan)
+    work = Work(graph.copy(), target, plan, registry)
     context = Context(calibration, progress, seed)
     _set_fixed(work)
+    add_required_biases(work)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -148,13 +149,9 @@ def _set_fixed(work: Work) -> None:
     for point in work.plan.points:
         if point.fixed is not None:
             grid = work.grid(point.group)
-            work.qparams[point.group] = QParams(
-                torch.tensor(point.fixed.scale, dtype=torch.float32),
-                torch.tensor(point.fixed.zero_point, dtype=torch.int32),
-                grid.quant_min,
-                grid.quant_max,
-                PerTensor(),
-            )
+            scale = torch.tensor(point.fixed.scale, dtype=torch.float32)
+            zero_point = torch.tensor(point.fixed.zero_point, dtype=torch.int32)
+            work.qparams[point.group] = grid.qparams(scale, zero_point, PerTensor())
 
 
 def _check_folded(work: Work) -> None:

@@ -24,6 +24,7 @@ from qhw.decisions import (
 )
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.notes import open_facts
+from qhw.engine.number_formats import check_number_formats
 from qhw.engine.options import options_for
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Algorithm, Registry
@@ -76,6 +77,7 @@ def select(
         if stage == "prepare":
             prepared.settle()
     placement = prepared.placement
+    check_number_formats(target, (point.format for point in placement.points if point.role != "bias"), registry)
     _require_ranges(target, placement, chosen)
     _require_used(overrides, chosen)
     return QuantPlan(

@@ -3,10 +3,11 @@
 
 from qhw.engine.result import QuantizedModel
 from qhw.graph import Graph
+from qhw.schema import Scale
 
 __all__ = ["float_bytes", "quantized_bytes"]
 
-_SCALE_BYTES = 4
+_SCALE_BYTES = {"float16": 2, "bfloat16": 2, "e8m0": 1, "e4m3": 1}
 
 
 def float_bytes(graph: Graph) -> int:
@@ -18,9 +19,9 @@ def float_bytes(graph: Graph) -> int:
 def quantized_bytes(result: QuantizedModel) -> int:
     """Bytes of all parameters as the target stores them: packed codes, biases, scales and zero points.
 
-    A scale counts 4 bytes, once for all points that share it, and nothing where the hardware prescribes it or where it
-    belongs to a bias (it is a product of two others). A zero point counts one code's width, and nothing where the
-    format fixes it. What stays in float counts as such.
+    A scale counts the bytes of its type, 4 where it has none of its own, once for all points that share it, and nothing
+    where the hardware prescribes it or where it belongs to a bias (it is a product of two others). A zero point counts
+    one code's width, and nothing where the format fixes it. What stays in float counts as such.
     """
     graph = result.float_graph
     bits = 0
@@ -37,7 +38,8 @@ def quantized_bytes(result: QuantizedModel) -> int:
             continue  # a bias scale is the product of two that are stored, a prescribed one is wired in
         scaled.add(point.group)
         spec = result.target.formats[point.format]
-        per_scale = 8 * _SCALE_BYTES + (0 if isinstance(spec.zero_point, int) else qparams.bits)
+        kind = spec.scale.kind if isinstance(spec.scale, Scale) else "float32"
+        per_scale = 8 * _SCALE_BYTES.get(kind, 4) + (0 if spec.is_symmetric else qparams.bits)
         bits += qparams.scale.numel() * per_scale
     tensors = (*graph.module.parameters(), *graph.module.buffers())
     rest = sum(tensor.numel() * tensor.element_size() for tensor in tensors if id(tensor) not in quantized)

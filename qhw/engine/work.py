@@ -14,8 +14,18 @@ from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
 from qhw.engine.work_folder import KeptStep
 from qhw.errors import PlanError, RangeError
+from qhw.extension import Registry
 from qhw.graph import Graph, QuantPoint, input_point
-from qhw.numerics import ChannelNormal, FoldedBatchNorm, Granularity, Grid, QParams, fake_quantize, legal_scale
+from qhw.numerics import (
+    ChannelNormal,
+    ElementSet,
+    FoldedBatchNorm,
+    Granularity,
+    Grid,
+    QParams,
+    fake_quantize,
+    legal_scale,
+)
 from qhw.schema import TargetSpec
 
 __all__ = ["Context", "Statistic", "Work"]
@@ -91,15 +101,22 @@ class Work:
         normals: Operator -> the distribution of its output's channels, where a batch norm that is folded into it tells.
             Whoever rescales or shifts channels afterwards keeps it in step.
         folded_norms: Operator -> the batch norm that was folded into it, as it was then.
+
+    Args:
+        graph: The working copy.
+        target: The accelerator.
+        plan: What is to be done.
+        registry: Plugins that know kinds of numbers; absent: all that are installed.
     """
 
-    def __init__(self, graph: Graph, target: TargetSpec, plan: QuantPlan) -> None:
+    def __init__(self, graph: Graph, target: TargetSpec, plan: QuantPlan, registry: Registry | None = None) -> None:
         self.graph = graph
         self.target = target
         self.plan = plan
         self.qparams: dict[str, QParams] = {}
         self.normals: dict[str, ChannelNormal] = {}
         self.folded_norms: dict[str, FoldedBatchNorm] = {}
+        self.registry = registry
         self._reference: Graph | None = None
         self._points = {point.name: point for point in plan.points}
         self._groups: dict[str, list[QuantPoint]] = {}
@@ -138,7 +155,7 @@ class Work:
 
     def grid(self, group: str) -> Grid:
         """What the group's format allows."""
-        return grid_of(self.target, self.group(group)[0].format)
+        return grid_of(self.target, self.group(group)[0].format, self.registry)
 
     def granularity(self, group: str) -> Granularity:
         """Which elements of the group's tensors share a scale."""
@@ -202,6 +219,11 @@ class Work:
                 f"{where}: codes must be [{grid.quant_min}, {grid.quant_max}]; got [{qparams.quant_min}, "
                 f"{qparams.quant_max}]. Plugin author: build QParams from work.grid(group)."
             )
+        if not _are_of(qparams.elements, grid.elements):
+            raise PlanError(
+                f"{where}: codes must stand for the numbers of the format. "
+                "Plugin author: build QParams with work.grid(group).qparams."
+            )
         if qparams.granularity != granularity:
             raise PlanError(
                 f"{where}: must have {granularity}; got {qparams.granularity}. "
@@ -249,6 +271,13 @@ class Work:
         insert_modules(observed, points, lambda point: _Tap(statistics[point.group]))
         context.run_over(observed.module, label)
         return statistics
+
+
+def _are_of(elements: ElementSet | None, of_format: ElementSet | None) -> bool:
+    """Whether elements are those that a format allows; None: integers."""
+    if elements is None or of_format is None:
+        return elements is of_format
+    return elements.is_of(of_format)
 
 
 class _Tap(nn.Module):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ArtefactReader,
         Executor,
         Exporter,
+        NumberFormat,
         TrainingAlgorithm,
     )
 
@@ -27,6 +28,7 @@ __all__ = [
     "Entry",
     "Executor",
     "Exporter",
+    "NumberFormat",
     "PluginInfo",
     "PluginRecord",
     "Registry",
@@ -39,7 +41,15 @@ __all__ = [
     "reset_default_registry",
 ]
 
-_HEAVY = ("Algorithm", "AlgorithmOptions", "ArtefactReader", "Executor", "Exporter", "TrainingAlgorithm")
+_HEAVY = (
+    "Algorithm",
+    "AlgorithmOptions",
+    "ArtefactReader",
+    "Executor",
+    "Exporter",
+    "NumberFormat",
+    "TrainingAlgorithm",
+)
 
 
 def __getattr__(name: str) -> Any:

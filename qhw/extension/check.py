@@ -5,8 +5,9 @@ import inspect
 from abc import ABCMeta
 
 from qhw.decisions import STAGES, Rank
-from qhw.extension.interfaces import Algorithm, AlgorithmOptions, ArtefactReader, Executor, Exporter
+from qhw.extension.interfaces import Algorithm, AlgorithmOptions, ArtefactReader, Executor, Exporter, NumberFormat
 from qhw.extension.names import NAME
+from qhw.schema import INTEGER, UNKNOWN
 
 
 def class_problem(candidate: object, interface: ABCMeta) -> str | None:
@@ -14,7 +15,7 @@ def class_problem(candidate: object, interface: ABCMeta) -> str | None:
 
     Args:
         candidate: What the plugin's hook returned.
-        interface: `Algorithm`, `Exporter`, `Executor` or `ArtefactReader`.
+        interface: `Algorithm`, `Exporter`, `Executor`, `ArtefactReader` or `NumberFormat`.
     """
     if not (isinstance(candidate, type) and issubclass(candidate, interface)):
         what = f"class {candidate.__name__}" if isinstance(candidate, type) else f"a {type(candidate).__name__}"
@@ -26,6 +27,8 @@ def class_problem(candidate: object, interface: ABCMeta) -> str | None:
         problem = _options_problem(candidate)
     if problem is None and issubclass(candidate, Exporter) and not isinstance(candidate.portable, bool):
         problem = f"portable must be True or False; got {candidate.portable!r}."
+    if problem is None and issubclass(candidate, NumberFormat) and candidate.name in (INTEGER, UNKNOWN):
+        problem = f"name must be a word of its own; got {candidate.name!r}, which needs no plugin."
     if problem is None:
         problem = _constructor_problem(candidate)
     return None if problem is None else f"{candidate.__name__}.{problem}"
@@ -89,7 +92,7 @@ def _options_problem(candidate: type[Algorithm] | type[Exporter]) -> str | None:
 
 
 def _constructor_problem(candidate: type) -> str | None:
-    plain = issubclass(candidate, Executor | ArtefactReader)
+    plain = issubclass(candidate, Executor | ArtefactReader | NumberFormat)
     takes = "no arguments" if plain else "(options=None) and nothing else"
     try:
         signature = inspect.signature(candidate)

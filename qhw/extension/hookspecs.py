@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # only in annotations, and `target list` does not wait for to
 
     from qhw.decisions import Pipeline, QuantPlan, StepReport
     from qhw.extension.info import PluginInfo
-    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter
+    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter, NumberFormat
     from qhw.schema import TargetSpec
 
 hookspec = pluggy.HookspecMarker("qhw")
@@ -89,6 +89,16 @@ def qhw_register_readers() -> list[type[ArtefactReader]]:
 
     Returns:
         list[type[ArtefactReader]]: classes, not objects; each with a name that no other plugin uses.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def qhw_register_number_formats() -> list[type[NumberFormat]]:
+    """The number formats beyond integers the plugin ships.
+
+    Returns:
+        list[type[NumberFormat]]: classes, not objects; each with a name that no other plugin uses.
     """
     raise NotImplementedError
 

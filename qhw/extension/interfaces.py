@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plugin's classes look like: algorithm, exporter, executor, reader. Each docstring is the recipe."""
+"""What a plugin's classes look like: algorithm, exporter, executor, reader, number format. Each says its recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qhw.decisions import Rank, Resources, Stage, Step, StepReport, Survey, coun
 if TYPE_CHECKING:
     from qhw.graph import Graph, Placement
     from qhw.legality import Artefact
-    from qhw.schema import TargetSpec
+    from qhw.numerics import ElementSet
+    from qhw.schema import Format, TargetSpec
 
 
 class AlgorithmOptions(BaseModel):
@@ -151,6 +152,40 @@ class Exporter(ABC):
 
         Raises:
             ExportError: the form cannot hold the result.
+        """
+
+
+class NumberFormat(ABC):
+    """What the codes of a format stand for, where they are no range of integers.
+
+    Recipe: one file, one class; `name` is the word that target files write as `formats.*.kind`, `summary` one line.
+    `problem` says what a format in a file lacks; `elements` makes the set. Further figures of the kind stand in the
+    file as `formats.*.parameters`. Hand the class to qhw from `qhw_register_number_formats`.
+
+    Ranges, rounding to nearest, simulation, training and result folders work on what `elements` returns. Algorithms
+    that need neighbours one scale apart, integer execution and exporters for integers refuse such points in one line.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def problem(self, spec: Format) -> str | None:
+        """What the format does not say or says wrongly, as "field: what must hold"; None when it is complete. Pure.
+
+        Args:
+            spec: The format, of this kind; the rules of the schema hold.
+        """
+
+    @abstractmethod
+    def elements(self, spec: Format) -> ElementSet:
+        """What codes stand for at scale 1: `qhw.numerics.ListedElements`, `FloatElements`, or a set of your own.
+
+        Args:
+            spec: A format without a problem.
+
+        Returns:
+            ElementSet: equal for equal formats.
         """
 
 

@@ -56,7 +56,7 @@ def load_plugins(
         PluginError: a plugin cannot be imported, breaks a rule, raises, or is in conflict with another one. The
             message names plugin, distribution and version, and says how to go on without it.
     """
-    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter
+    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter, NumberFormat
 
     blocked = _names(os.environ.get(BLOCK_VARIABLE, "") if block is None else block)
     candidates = _candidates(metadata.entry_points(group=GROUP) if entry_points is None else entry_points, extra)
@@ -73,6 +73,7 @@ def load_plugins(
         exporters=_classes(plugins, "exporter", Exporter),
         executors=_classes(plugins, "executor", Executor),
         readers=_classes(plugins, "reader", ArtefactReader),
+        number_formats=_classes(plugins, "number_format", NumberFormat),
         unmatched_blocks=tuple(sorted(blocked - {candidate.record.name for candidate in candidates})),
         loaded=tuple(plugins),
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qhw.decisions import Pipeline, QuantPlan, StepReport
-    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter
+    from qhw.extension.interfaces import Algorithm, ArtefactReader, Executor, Exporter, NumberFormat
     from qhw.schema import TargetSpec
 
 T_co = TypeVar("T_co", covariant=True)
@@ -65,8 +65,13 @@ class Registry:
     exporters: Mapping[str, Entry[type[Exporter]]] = field(default_factory=_none)
     executors: Mapping[str, Entry[type[Executor]]] = field(default_factory=_none)
     readers: Mapping[str, Entry[type[ArtefactReader]]] = field(default_factory=_none)
+    number_formats: Mapping[str, Entry[type[NumberFormat]]] = field(default_factory=_none)
     unmatched_blocks: tuple[str, ...] = ()
     loaded: tuple[Plugin, ...] = field(default=(), repr=False)
+
+    def __deepcopy__(self, memo: object) -> Registry:
+        """Itself: it is frozen, and what keeps it, a model in training for one, may be copied."""
+        return self
 
     @property
     def blocked(self) -> tuple[str, ...]:
@@ -123,6 +128,11 @@ class Registry:
         """The reader of that name."""
         return self.readers[name].value if name in self.readers else _unknown("reader", name, self.readers)
 
+    def number_format(self, name: str) -> type[NumberFormat]:
+        """The number format of that name."""
+        known = self.number_formats
+        return known[name].value if name in known else _unknown("number format", name, known)
+
     def provided_by(self, plugin: str) -> dict[str, tuple[str, ...]]:
         """Kind to names of what a plugin brings; kinds it brings nothing of are left out."""
         kinds: dict[str, Mapping[str, Entry[object]]] = {
@@ -132,6 +142,7 @@ class Registry:
             "exporters": self.exporters,
             "executors": self.executors,
             "readers": self.readers,
+            "number_formats": self.number_formats,
         }
         brought = {kind: tuple(n for n, e in entries.items() if e.plugin == plugin) for kind, entries in kinds.items()}
         return {kind: names for kind, names in brought.items() if names}

@@ -19,6 +19,7 @@ from qhw.integer.resize import lower_resize
 from qhw.integer.site import Site, sites
 from qhw.integer.softmax import lower_log_softmax, lower_softmax
 from qhw.integer.tables import lower_clip, lower_slopes, lower_table
+from qhw.integer.uniform import check_uniform
 
 __all__ = ["Obstacle", "lower"]
 
@@ -72,6 +73,7 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
     obstacles: list[Obstacle] = []
     for site in sites(result):
         try:
+            check_uniform(site)
             form = lower_float_result if is_float_result(site) else _FORMS.get(site.operator.kind)
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")

@@ -14,6 +14,7 @@ from qhw.integer.accumulate import Bounds
 from qhw.integer.bounds import product_bounds, saturating_bounds
 from qhw.integer.pairwise import stated_pair_bounds
 from qhw.integer.site import Site, sites
+from qhw.integer.uniform import has_elements
 from qhw.integer.witness import Witness, pair_witness, sum_witness
 from qhw.schema import Accumulator, Pairwise
 
@@ -85,7 +86,7 @@ class Proof:
 
 
 def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Iterator[Proof]:
-    """The accumulators of every operator with weights, in execution order.
+    """The accumulators of every operator with integer inputs and weights, in execution order.
 
     Does not need the target to say how it requantizes.
 
@@ -94,7 +95,7 @@ def prove_accumulators(result: QuantizedModel, *, witnesses: bool = True) -> Ite
         witnesses: Whether inputs are looked for that attain the bounds: one gradient of one output per operator.
     """
     for site in sites(result):
-        if site.operator.kind in WEIGHTED_KINDS and site.weight is not None and site.inputs:
+        if site.operator.kind in WEIGHTED_KINDS and site.weight is not None and site.inputs and not has_elements(site):
             yield _proof(site, witnesses)
 
 

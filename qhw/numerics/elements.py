@@ -43,6 +43,11 @@ class ElementSet(ABC):
         """Reals past which rounding is clipping: half a step below the lowest element and above the highest."""
 
     @property
+    @abstractmethod
+    def words(self) -> str:
+        """What the numbers are, in a few words, as `4-bit floats`; for messages."""
+
+    @property
     def code_bounds(self) -> tuple[int, int]:
         """Lowest and highest code; 0 lies between them."""
         return 0, 2**self.bits - 1
@@ -161,6 +166,11 @@ class ListedElements(ElementSet):
         first, second, *_ = self.values
         *_, before, last = self.values
         return first - (second - first) / 2, last + (last - before) / 2
+
+    @property
+    def words(self) -> str:
+        """As `a set of 2 codes`."""
+        return f"a set of {len(self.codes)} codes"
 
     @property
     def code_bounds(self) -> tuple[int, int]:

@@ -92,6 +92,11 @@ class FloatElements(ElementSet):
         return -(self.finite_max + half), self.finite_max + half
 
     @property
+    def words(self) -> str:
+        """As `8-bit floats (e4m3)`."""
+        return f"{self.bits}-bit floats (e{self.exponent_bits}m{self.mantissa_bits})"
+
+    @property
     def _emin(self) -> int:
         """Exponent of the smallest normal value."""
         return 1 - self.bias

@@ -6,7 +6,7 @@ from qhw.schema.base import UNKNOWN, Table
 from qhw.schema.closest import closest
 from qhw.schema.compare import diff
 from qhw.schema.difference import Difference
-from qhw.schema.formats import Format
+from qhw.schema.formats import INTEGER, Format
 from qhw.schema.kernels import ExponentBound, Kernel
 from qhw.schema.lint import Finding, lint
 from qhw.schema.load import FindBase, LoadedTarget, Located, load_target_file, parse_target, read_target_file
@@ -29,6 +29,7 @@ from qhw.schema.system import Artefact, Boundary, Clock, Conflict, Cost, Memory,
 from qhw.schema.write import target_json_schema, to_json
 
 __all__ = [
+    "INTEGER",
     "PLANNED_LIMITS",
     "UNKNOWN",
     "WEIGHTED_KINDS",

@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number formats: one fully determined grid each, `real = scale * (code - zero_point)`."""
+"""Number formats: one fully determined grid each, `real = scale * (code - zero_point)` or `scale * element(code)`."""
 
+import math
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from qhw.schema.base import Amount, Count, Int64, Positive, Problem, Rounding, Says, Table, Unknown, recorded, used
+from qhw.schema.base import (
+    UNKNOWN,
+    Amount,
+    Count,
+    Id,
+    Int64,
+    Positive,
+    Problem,
+    Rounding,
+    Says,
+    Table,
+    Unknown,
+    Word,
+    recorded,
+    used,
+)
 from qhw.schema.scales import PLANNABLE_SCALES, Bits, Palette, Scale
 
-__all__ = ["Format", "code_bits"]
+__all__ = ["INTEGER", "Format", "code_bits"]
 
+INTEGER = "integer"
+"""The kind of format that needs no plugin."""
+
+Kind = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=64),
+    Says('"integer", or a kind that a plugin brings, such as "float" or "palette"'),
+]
+Parameter = bool | int | float | Word | tuple[int, ...] | tuple[float, ...]
 Codes = Annotated[tuple[Int64, Int64], Says("a list of two integers [lowest code, highest code]")]
 
 
@@ -24,16 +49,17 @@ def code_bits(low: int, high: int, *, signed: bool) -> int:
 class Format(Table):
     """One grid. `codes` wins over `bits` and `signed`; both may stand, and then they must agree."""
 
-    kind: Literal["integer", "float", "palette"] | Unknown = used(
-        "What a code is: an integer, a small float, or an index into a palette. Absent: integer.",
-        recorded_values=("float", "palette"),
-        default="integer",
+    kind: Kind | Unknown = used(
+        "What a code is: an integer, a small float, an index into a palette, or what an installed plugin says of its "
+        "own word. Absent: integer.",
+        default=INTEGER,
     )
     bits: Bits | Unknown | None = used("Width of one stored element.")
     signed: bool | Unknown | None = used("True: codes from -2^(bits-1); false: codes from 0.")
     codes: Codes | Unknown | None = used("Lowest and highest code in use, inclusive; absent: all that the bits allow.")
-    code_set: tuple[Int64, ...] | Unknown | None = recorded(
-        "All codes, ascending, where they are no full range: [-1, 1]."
+    code_set: tuple[Int64, ...] | Unknown | None = used(
+        "All codes, ascending, where they are no full range: [-1, 1]. A real goes to the nearest; a tie to the even "
+        "code, else upwards. The zero point is 0."
     )
     encoding: Literal["twos_complement", "sign_magnitude", "offset_binary"] | Unknown | None = recorded(
         "Bit pattern of a negative code."
@@ -73,14 +99,20 @@ class Format(Table):
     preference_cost: Amount | Unknown | None = recorded(
         "Cost of choosing this format where another is legal as well, as a factor on time above 1 (0: native)."
     )
-    exponent_bits: Bits | Unknown | None = recorded("Float formats: bits of the exponent.")
-    mantissa_bits: Annotated[int, Field(ge=0, le=52), Says("an integer from 0 to 52")] | Unknown | None = recorded(
+    exponent_bits: Bits | Unknown | None = used("Float formats: bits of the exponent.")
+    mantissa_bits: Annotated[int, Field(ge=0, le=52), Says("an integer from 0 to 52")] | Unknown | None = used(
         "Float formats: stored bits of the mantissa."
     )
-    finite_max: Positive | Unknown | None = recorded(
-        "Float formats: largest finite value (E4M3: 448, on one device 240)."
+    exponent_bias: Int64 | Unknown | None = used(
+        "Float formats: what is subtracted from a stored exponent. Absent: 2^(exponent_bits - 1) - 1."
     )
-    palette: Palette | Unknown | None = recorded("Palette formats: the look-up table.")
+    finite_max: Positive | Unknown | None = used(
+        "Float formats: largest finite value (E4M3: 448, on one device 240). Nothing is assumed where it is absent."
+    )
+    palette: Palette | Unknown | None = used("Palette formats: the look-up table.")
+    parameters: dict[Id, Parameter] | Unknown | None = used(
+        "What the kind of a plugin needs beyond these fields; the plugin says which names and values."
+    )
 
     @property
     def quant_min(self) -> int | None:
@@ -107,6 +139,13 @@ class Format(Table):
         """Width of one stored element in bits: as stated, else the fewest that hold the codes."""
         if isinstance(self.bits, int):
             return self.bits
+        if isinstance(self.exponent_bits, int) and isinstance(self.mantissa_bits, int):
+            return 1 + self.exponent_bits + self.mantissa_bits
+        if isinstance(self.palette, Palette) and self.palette.index_bits not in (None, "unknown"):
+            widths = self.palette.index_bits
+            return max(widths) if isinstance(widths, tuple) else int(cast(int, widths))
+        if isinstance(self.code_set, tuple):
+            return max(1, (len(self.code_set) - 1).bit_length())
         low, high = self.quant_min, self.quant_max
         if low is None or high is None:
             return None
@@ -114,19 +153,21 @@ class Format(Table):
 
     @property
     def is_symmetric(self) -> bool:
-        """True where the zero point is fixed to one code."""
-        return isinstance(self.zero_point, int)
+        """True where the zero point is fixed to one code, as it is wherever codes are no range of integers."""
+        return isinstance(self.zero_point, int) or not self.is_uniform
+
+    @property
+    def is_uniform(self) -> bool:
+        """True where codes are all integers of a range, so that neighbours are one scale apart."""
+        return self.kind in (INTEGER, UNKNOWN) and self.code_set is None
 
     @property
     def unplannable_reason(self) -> str | None:
         """Why no tensor can be put on this grid yet: `field: value, rule`; None where it can."""
-        if self.kind != "integer":
-            return f'kind: "{self.kind}" formats are recorded, not used yet'
-        if self.code_set is not None:
-            return "code_set: explicit code sets are recorded, not used yet"
-        if self.quant_min is None:
-            return "codes: neither codes nor bits with signed are known"
-        if self.per not in ("tensor", "out_channel", "group"):
+        reason = self._open_numbers()
+        if reason is not None:
+            return reason
+        if self.per not in ("tensor", "out_channel", "group") and self.kind != "palette":
             said = "absent" if self.per is None else f'"{self.per}"'
             return f'per: {said}; a grid needs "tensor", "out_channel" or "group"'
         if self.per == "group" and not isinstance(self.group_size, int | tuple):
@@ -135,7 +176,53 @@ class Format(Table):
             return "zero_point: unknown"
         if self.scale == "unknown":
             return "scale: unknown"
+        return self._open_scale()
+
+    def _open_numbers(self) -> str | None:
+        """What does not say which numbers the codes stand for; None where all is known."""
+        if self.kind == UNKNOWN:
+            return "kind: unknown"
+        if self.kind == INTEGER and self.quant_min is None:
+            if self.code_set is not None:
+                return "code_set: unknown"
+            return "codes: neither codes nor bits with signed are known"
+        if isinstance(self.code_set, tuple) and not (self.code_set[0] <= 0 <= self.code_set[-1] and self.code_set[1:]):
+            return f"code_set: {list(self.code_set)}; needs two codes or more, 0 among or between them"
+        if self.kind == "float":
+            for name in ("exponent_bits", "mantissa_bits", "finite_max"):
+                if getattr(self, name) in (None, UNKNOWN):
+                    return f'{name}: {"absent" if getattr(self, name) is None else UNKNOWN}; kind = "float" needs it'
+            if self.exponent_bias == UNKNOWN:
+                return "exponent_bias: unknown"
+            if self.signed is False:
+                return "signed: false; floats without a sign are recorded, not used yet"
+        if self.kind == "palette":
+            return self._open_palette()
+        if not self.is_uniform and self.zero_point not in (None, 0):
+            return f"zero_point: {self.zero_point}; codes that are no range of integers have zero point 0"
+        return None
+
+    def _open_palette(self) -> str | None:
+        if not isinstance(self.palette, Palette):
+            return f'palette: {"absent" if self.palette is None else UNKNOWN}; kind = "palette" needs it'
+        for name in ("index_bits", "entry"):
+            if getattr(self.palette, name) in (None, UNKNOWN, ()):
+                said = "unknown" if getattr(self.palette, name) == UNKNOWN else "absent"
+                return f'palette.{name}: {said}; kind = "palette" needs it'
+        if self.palette.entry == "uint8":
+            return 'palette.entry: "uint8" is recorded, not used yet'
+        for name in ("vector", "group_channels", "channel_scale"):
+            if getattr(self.palette, name) == UNKNOWN:
+                return f"palette.{name}: unknown"
+        if self.palette.vector not in (None, 1):
+            return f"palette.vector: {self.palette.vector}; tables of vectors are recorded, not used yet"
+        return None
+
+    def _open_scale(self) -> str | None:
         if isinstance(self.scale, Scale):
+            if self.scale.kind == "e8m0" and self.is_uniform and self.zero_point != 0:
+                said = "absent" if self.zero_point is None else f'"{self.zero_point}"'
+                return f'zero_point: {said}; scale.kind = "e8m0" needs 0'
             if self.scale.kind not in PLANNABLE_SCALES:
                 return f'scale.kind: "{self.scale.kind}" is recorded, not used yet'
             if self.scale.kind in ("fixed", "enumerated") and not isinstance(self.scale.values, tuple):
@@ -158,7 +245,9 @@ class Format(Table):
     def _code_range(self) -> tuple[int, int] | None:
         if isinstance(self.codes, tuple):
             return self.codes
-        if self.codes == "unknown" or self.code_set is not None or self.kind != "integer":
+        if self.kind == INTEGER and isinstance(self.code_set, tuple) and self.code_set:
+            return self.code_set[0], self.code_set[-1]
+        if self.codes == "unknown" or self.code_set is not None or self.kind != INTEGER:
             return None
         if isinstance(self.bits, int) and isinstance(self.signed, bool):
             return (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
@@ -176,14 +265,38 @@ class Format(Table):
             yield Problem(
                 ("group_size" if self.group_size == () else "block_shape",), "must list at least one size; got []."
             )
-        for name in ("exponent_bits", "mantissa_bits", "finite_max"):
-            if getattr(self, name) is not None and self.kind not in ("float", "unknown"):
+        for name in ("exponent_bits", "mantissa_bits", "exponent_bias", "finite_max"):
+            if getattr(self, name) is not None and self.kind in (INTEGER, "palette"):
                 yield Problem((name,), f'needs kind = "float"; kind is "{self.kind}". Remove it, or change kind.')
-        if self.palette is not None and self.kind not in ("palette", "unknown"):
+        if self.palette is not None and self.kind in (INTEGER, "float"):
             yield Problem(("palette",), f'needs kind = "palette"; kind is "{self.kind}". Remove it, or change kind.')
+        if self.parameters is not None and self.kind in (INTEGER, "float", "palette"):
+            yield Problem(("parameters",), f'kind = "{self.kind}" takes none. Remove them, or name a plugin\'s kind.')
+        yield from self._float_rules()
         for name in ("codes", "code_set"):
             if getattr(self, name) is not None and self.kind == "float":
                 yield Problem((name,), 'a float format has no integer codes. Remove it, or use kind = "integer".')
+
+    def _float_rules(self) -> Iterator[Problem]:
+        """The width is that of the fields, and the largest value is one of the format's."""
+        exponent, mantissa = self.exponent_bits, self.mantissa_bits
+        if self.kind != "float" or not (isinstance(exponent, int) and isinstance(mantissa, int)):
+            return
+        wide = exponent + mantissa + (self.signed is not False)
+        if isinstance(self.bits, int) and self.bits != wide:
+            text = f"must be {wide}: a sign, {exponent} and {mantissa} bits; got {self.bits}. Correct one of them."
+            yield Problem(("bits",), text)
+        if not isinstance(self.finite_max, float) or exponent > 11:
+            return
+        stated = self.exponent_bias if isinstance(self.exponent_bias, int) else None
+        bias = 2 ** (exponent - 1) - 1 if stated is None else stated
+        top = 2**exponent - 1 - bias
+        unit = max(math.frexp(self.finite_max)[1] - 1, 1 - bias) - mantissa
+        scaled = math.ldexp(self.finite_max, -unit) if abs(unit) < 1000 else 0.5
+        if not scaled.is_integer() or math.frexp(self.finite_max)[1] - 1 > top:
+            what = f"{exponent} exponent bits (bias {bias}) and {mantissa} mantissa bits"
+            text = f"{self.finite_max:g} is no value of {what}. State the largest finite value there is."
+            yield Problem(("finite_max",), text)
 
     def _code_rules(self) -> Iterator[Problem]:
         if isinstance(self.code_set, tuple):

@@ -12,7 +12,7 @@ __all__ = ["PLANNABLE_SCALES", "Bits", "Palette", "Scale"]
 
 Bits = Annotated[int, Field(ge=1, le=64), Says("an integer from 1 to 64")]
 Exponent = Annotated[int, Field(ge=-149, le=127), Says("an integer from -149 to 127 (float32 holds 2^-149 to 2^127)")]
-PLANNABLE_SCALES = ("float32", "power_of_two", "fixed", "enumerated")
+PLANNABLE_SCALES = ("float32", "float16", "bfloat16", "e4m3", "power_of_two", "e8m0", "fixed", "enumerated")
 
 
 class Scale(Table):
@@ -33,8 +33,9 @@ class Scale(Table):
         | Unknown
     ) = used(
         "How the hardware holds a scale: any float, a power of two, one fixed value, one of a few values, an integer "
-        "multiplier, or the 8-bit floats of block formats. Absent: float32.",
-        recorded_values=("float16", "bfloat16", "fixed_point", "e8m0", "e4m3"),
+        "multiplier, or the 8-bit floats of block formats. Absent: float32. A range gets the smallest that covers it; "
+        "under e8m0 the one of OCP's blocks, 2^(floor(log2(max)) - floor(log2(highest element))).",
+        recorded_values=("fixed_point",),
         default="float32",
     )
     min: Positive | Unknown | None = used("Smallest scale, inclusive.")
@@ -89,12 +90,16 @@ class Scale(Table):
 class Palette(Table):
     """Weights stored as indexes into a look-up table of values."""
 
-    index_bits: Bits | tuple[Bits, ...] | Unknown | None = recorded("Bits of one index, or the list of widths allowed.")
-    entry: Literal["float32", "float16", "bfloat16", "int8", "uint8"] | Unknown | None = recorded(
-        "Type of one entry of the look-up table."
+    index_bits: Bits | tuple[Bits, ...] | Unknown | None = used(
+        "Bits of one index, or the list of widths allowed, of which the widest is taken."
     )
-    vector: Count | Unknown | None = recorded("Values one index stands for; above 1 the table holds vectors.")
-    group_channels: Count | Unknown | None = recorded("Output channels that share one look-up table.")
-    channel_scale: bool | Unknown | None = recorded(
-        "True: every output channel multiplies its entries by a scale of its own."
+    entry: Literal["float32", "float16", "bfloat16", "int8", "uint8"] | Unknown | None = used(
+        "Type of one entry of the look-up table.", recorded_values=("uint8",)
+    )
+    vector: Count | Unknown | None = used(
+        "Values one index stands for. Absent: one. Tables of vectors cannot be planned yet."
+    )
+    group_channels: Count | Unknown | None = used("Output channels that share one look-up table. Absent: all.")
+    channel_scale: bool | Unknown | None = used(
+        "True: every output channel multiplies its entries by a scale of its own. Absent: false."
     )

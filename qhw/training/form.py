@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from qhw.decisions import QuantPlan
 from qhw.engine import QuantizedModel, Work, insert_modules
 from qhw.errors import TrainingError
+from qhw.extension import Registry
 from qhw.graph import Graph, QuantPoint
 from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale, quantize
@@ -32,6 +33,7 @@ class TrainingForm(Work):
     Args:
         result: The quantized model; not changed.
         plan: Its plan, with steps of training.
+        registry: Plugins that know kinds of numbers; absent: all that are installed.
 
     Attributes:
         quantizers: Group of points -> the module that will quantize it.
@@ -40,9 +42,9 @@ class TrainingForm(Work):
         start: Group -> scale and zero point as the result had them.
     """
 
-    def __init__(self, result: QuantizedModel, plan: QuantPlan) -> None:
+    def __init__(self, result: QuantizedModel, plan: QuantPlan, registry: Registry | None = None) -> None:
         self.origin = result.float_graph.copy()
-        super().__init__(self.origin.copy(), result.target, plan)
+        super().__init__(self.origin.copy(), result.target, plan, registry)
         self.start = result.encodings()
         self.qparams.update(self.start)
         self.folded_norms.update(result.folded_norms)

@@ -110,7 +110,7 @@ def _settled(result: QuantizedModel, form: TrainingForm) -> tuple[Work, Remarks]
     for name in graph.module.state_dict():
         if name in state:
             graph.set_tensor(name, state[name].detach())
-    work = Work(graph, result.target, result.plan)
+    work = Work(graph, result.target, result.plan, form.registry)
     remarks: Remarks = {}
     biases = {point.group for point in result.plan.points if point.role == "bias"}
     folded = {form.weight_group(name): layer for name, layer in form.layers.items() if isinstance(layer, DoubleForward)}

@@ -58,7 +58,7 @@ def trainable(
         plan = _planned(result, registry, Overrides.of(pipeline, prefer, without, options=options))
     if because is not None:
         plan = plan.model_copy(update={"steps": tuple(_because(step, because) for step in plan.steps)})
-    form = TrainingForm(result, plan)
+    form = TrainingForm(result, plan, registry)
     for step in _norms_first(training_steps(plan), result.groups()):
         entry = registry.algorithms.get(step.algorithm)
         if entry is None:

@@ -139,6 +139,17 @@ def test_the_exporter_and_executor_examples_do_what_they_say(folder: Path) -> No
     assert executor.available() == "acme_runtime is not installed; pip install acme-runtime"
 
 
+def test_the_number_format_example_makes_powers_of_two(folder: Path) -> None:
+    powers = load(blocks(section("qhw_register_number_formats"))[0], folder).number_format("powers")()
+    spec: Any = SimpleNamespace(parameters={"octaves": 2})
+    assert powers.problem(spec) is None
+    elements: Any = powers.elements(spec)
+    assert elements.round_to(torch.tensor([-9.0, -0.7, 0.2, 0.3, 0.8])).tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert powers.problem(SimpleNamespace(parameters=None)) == (  # type: ignore[arg-type]
+        "parameters.octaves: must be an integer of 1 or more; got None"
+    )
+
+
 def test_the_pipeline_and_refusing_algorithm_examples_say_what_they_say(folder: Path) -> None:
     pipeline = load(blocks(section("qhw_register_pipelines"))[0], folder).pipeline("acme-fast")
     assert [preference.stage for preference in pipeline.stages] == ["prepare", "round"]

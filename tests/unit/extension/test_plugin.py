@@ -82,7 +82,8 @@ def test_a_hook_like_no_other_is_refused_with_all_hooks() -> None:
 
     assert refusal(Odd()) == mistake(
         "no hook is called 'zzzz'. Hooks: qhw_plan_ready, qhw_plugin_info, qhw_quantized, qhw_register_algorithms, "
-        "qhw_register_executors, qhw_register_exporters, qhw_register_pipelines, qhw_register_readers, "
+        "qhw_register_executors, qhw_register_exporters, qhw_register_number_formats, qhw_register_pipelines, "
+        "qhw_register_readers, "
         "qhw_register_targets."
     )
 

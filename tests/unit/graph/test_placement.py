@@ -356,7 +356,7 @@ def test_a_global_pooling_runs_as_a_pooling_within_its_limits():
             'formats.f = { kind = "float", bits = 8, per = "tensor" }\n'
             'kernels.k = { input = ["f"], weight = ["w8"], output = ["a8"] }\noperators.Conv = { kernels = ["k"] }',
             "kernels.k.input",
-            'formats.f.kind: "float" formats are recorded, not used yet',
+            'formats.f.exponent_bits: absent; kind = "float" needs it',
         ),
         (
             'kernels.k = { input = ["w8"], weight = ["w8"], output = ["a8"] }\noperators.Conv = { kernels = ["k"] }',

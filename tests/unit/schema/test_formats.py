@@ -6,9 +6,22 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qhw.schema import Bias, Conflict, ExponentBound, Format, Operator, Requantize, Scale, Shift, TargetSpec
+from qhw.schema import (
+    Bias,
+    Conflict,
+    ExponentBound,
+    Format,
+    Operator,
+    Palette,
+    Requantize,
+    Scale,
+    Shift,
+    TargetSpec,
+)
 from qhw.schema.formats import code_bits
 from qhw.schema.operators import ATTRIBUTES, LimitRange, RealRange
+
+E4M3 = {"kind": "float", "bits": 8, "exponent_bits": 4, "mantissa_bits": 3, "finite_max": 448.0, "per": "tensor"}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +40,9 @@ from qhw.schema.operators import ATTRIBUTES, LimitRange, RealRange
         ({"bits": 8}, (None, None), 8, None),
         ({"bits": "unknown", "signed": True}, (None, None), None, True),
         ({"bits": 8, "signed": True, "codes": "unknown"}, (None, None), 8, True),
+        ({"code_set": (-1, 1)}, (-1, 1), 1, True),
+        ({"code_set": (-1, 0, 1)}, (-1, 1), 2, True),
+        ({"kind": "float", "exponent_bits": 2, "mantissa_bits": 1}, (None, None), 4, None),
         ({}, (None, None), None, None),
     ],
 )
@@ -55,9 +71,18 @@ def test_the_fewest_bits_that_hold_a_range(low: int, high: int, signed: bool, bi
         ({"bits": 8, "signed": True, "per": "tensor", "zero_point": "unknown"}, "zero_point: unknown"),
         ({"bits": 8, "signed": True, "per": "tensor", "scale": "unknown"}, "scale: unknown"),
         (
-            {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="e8m0")},
-            'scale.kind: "e8m0" is recorded, not used yet',
+            {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="fixed_point")},
+            'scale.kind: "fixed_point" is recorded, not used yet',
         ),
+        (
+            {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="e8m0")},
+            'zero_point: absent; scale.kind = "e8m0" needs 0',
+        ),
+        (
+            {"bits": 8, "signed": True, "per": "group", "group_size": 32, "zero_point": 0, "scale": Scale(kind="e8m0")},
+            None,
+        ),
+        ({"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="float16")}, None),
         (
             {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="fixed")},
             'scale.values: kind = "fixed" needs its values',
@@ -70,8 +95,39 @@ def test_the_fewest_bits_that_hold_a_range(low: int, high: int, signed: bool, bi
             {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(inner_bits=4)},
             "scale: two-level scales are recorded, not used yet",
         ),
-        ({"kind": "float", "bits": 8, "per": "tensor"}, 'kind: "float" formats are recorded, not used yet'),
-        ({"code_set": (-1, 1), "per": "tensor"}, "code_set: explicit code sets are recorded, not used yet"),
+        ({"kind": "unknown", "per": "tensor"}, "kind: unknown"),
+        ({"kind": "float", "bits": 8, "per": "tensor"}, 'exponent_bits: absent; kind = "float" needs it'),
+        ({**E4M3, "finite_max": None}, 'finite_max: absent; kind = "float" needs it'),
+        ({**E4M3, "finite_max": "unknown"}, 'finite_max: unknown; kind = "float" needs it'),
+        ({**E4M3, "exponent_bias": "unknown"}, "exponent_bias: unknown"),
+        ({**E4M3, "bits": None, "signed": False}, "signed: false; floats without a sign are recorded, not used yet"),
+        (
+            {**E4M3, "zero_point": "free"},
+            "zero_point: free; codes that are no range of integers have zero point 0",
+        ),
+        (E4M3, None),
+        ({**E4M3, "per": "group", "group_size": 32, "scale": Scale(kind="e8m0")}, None),
+        ({"code_set": (-1, 1), "per": "tensor"}, None),
+        ({"code_set": "unknown", "per": "tensor"}, "code_set: unknown"),
+        ({"code_set": (1, 2), "per": "tensor"}, "code_set: [1, 2]; needs two codes or more, 0 among or between them"),
+        ({"code_set": (0,), "per": "tensor"}, "code_set: [0]; needs two codes or more, 0 among or between them"),
+        ({"kind": "palette"}, 'palette: absent; kind = "palette" needs it'),
+        ({"kind": "palette", "palette": Palette(index_bits=4)}, 'palette.entry: absent; kind = "palette" needs it'),
+        (
+            {"kind": "palette", "palette": Palette(index_bits=4, entry="uint8")},
+            'palette.entry: "uint8" is recorded, not used yet',
+        ),
+        (
+            {"kind": "palette", "palette": Palette(index_bits=4, entry="float16", vector=2)},
+            "palette.vector: 2; tables of vectors are recorded, not used yet",
+        ),
+        (
+            {"kind": "palette", "palette": Palette(index_bits=4, entry="float16", channel_scale="unknown")},
+            "palette.channel_scale: unknown",
+        ),
+        ({"kind": "palette", "palette": Palette(index_bits=(2, 4), entry="float16")}, None),
+        ({"kind": "posit", "per": "tensor", "parameters": {"es": 1}}, None),
+        ({"kind": "posit"}, 'per: absent; a grid needs "tensor", "out_channel" or "group"'),
     ],
 )
 def test_why_a_format_cannot_be_planned(fields: dict[str, Any], reason: str | None) -> None:
@@ -82,6 +138,7 @@ def test_why_a_format_cannot_be_planned(fields: dict[str, Any], reason: str | No
 
 def test_symmetric_means_a_fixed_zero_point() -> None:
     assert Format(zero_point=0).is_symmetric and Format(bits=8, signed=False, zero_point=128).is_symmetric
+    assert Format(**E4M3).is_symmetric and Format(code_set=(-1, 1)).is_symmetric
     assert not any(Format(zero_point=value).is_symmetric for value in ("free", "unknown", (0, 1), None))
 
 
@@ -106,6 +163,20 @@ def test_unknown_fields_are_named_with_their_path() -> None:
         (Format, {"per": "tensor", "group_size": 32}, 'group_size: needs per = "group"; per is "tensor"'),
         (Format, {"per": "group", "group_size": ()}, "group_size: must list at least one size"),
         (Format, {"per": "tensor", "block_shape": (2, 2)}, 'block_shape: needs per = "block"'),
+        (
+            Format,
+            {"kind": "float", "bits": 8, "exponent_bits": 4, "mantissa_bits": 2},
+            "bits: must be 7: a sign, 4 and 2",
+        ),
+        (
+            Format,
+            {**E4M3, "finite_max": 449.0},
+            r"finite_max: 449 is no value of 4 exponent bits \(bias 7\) and 3 mantissa",
+        ),
+        (Format, {**E4M3, "finite_max": 512.0}, "finite_max: 512 is no value of 4 exponent bits"),
+        (Format, {**E4M3, "exponent_bias": 8, "finite_max": 448.0}, r"448 is no value of 4 exponent bits \(bias 8\)"),
+        (Format, {"kind": "Float"}, "kind"),
+        (Format, {"kind": "float", "parameters": {"es": 1}}, 'parameters: kind = "float" takes none'),
         (Format, {"finite_max": 448.0}, 'finite_max: needs kind = "float"; kind is "integer"'),
         (Format, {"kind": "float", "codes": (0, 1)}, "codes: a float format has no integer codes"),
         (Scale, {"exponent_min": 0}, 'exponent_min: needs kind = "power_of_two" or "e8m0"; kind is "float32"'),
