@@ -153,7 +153,7 @@ def _of_requantize(spec: TargetSpec) -> Iterator[Remark]:
             )
             yield "error", where, f"{text} Correct one."
         if isinstance(least, int) and isinstance(ratio.min, float) and ratio.min > 2.0**-least:
-            text = f"no ratio is legal: at least {ratio.min:g}, and shifts from {least} on give {2.0**-least:g} or less."
+            text = f"no ratio is legal: at least {ratio.min:g}, and shifts from {least} give {2.0**-least:g} or less."
             yield "error", where, f"{text} Correct one."
 
 
@@ -211,7 +211,7 @@ def _of_limits(kind: str, operator: Operator) -> Iterator[Remark]:
             if bad and len(bad) == len(held.values):
                 yield "error", path, f"no value satisfies it, so no {kind} runs: {_why(name, held)}. Correct it."
             elif bad:
-                yield "warning", path, f"{shown(list(bad))} can never be: {_why(name, held)}. Take it out."
+                yield "warning", path, f"{value_words(bad)} can never be: {_why(name, held)}. Take it out."
         elif not _any_integer(name, held):
             yield "error", path, f"no value satisfies it, so no {kind} runs: {_why(name, held)}. Correct it."
 

@@ -117,7 +117,8 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [
             (
                 'formats.a8 = { bits = 8, signed = true, zero_point = 0, per = "tensor"',
-                'formats.a8 = { bits = 8, signed = true, zero_point = 0, per = "tensor", scale = { kind = "power_of_two" }',
+                'formats.a8 = { bits = 8, signed = true, zero_point = 0, per = "tensor", scale = { kind = '
+                '"power_of_two" }',
             )
         ],
         ["activations of Conv, Gemm, MatMul and Softmax: any scale -> power-of-two scale"],
