@@ -19,6 +19,7 @@ __all__ = [
     "TargetSpec",
     "__version__",
     "capture",
+    "check",
     "cost",
     "evaluate",
     "export",
@@ -37,6 +38,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from qhw.api import export, load, load_target, plan, quantize, save
+    from qhw.checking import check
     from qhw.costs import cost
     from qhw.decisions import QuantPlan
     from qhw.engine import QuantizedModel
@@ -55,6 +57,7 @@ _PLACES = {
     "QuantizedModel": "qhw.engine",
     "TargetSpec": "qhw.schema",
     "capture": "qhw.graph",
+    "check": "qhw.checking",
     "cost": "qhw.costs",
     "evaluate": "qhw.evaluation",
     "golden": "qhw.golden_vectors",

@@ -244,14 +244,14 @@ class OnnxArtefact:
         read = [name for name in node.input if name in self._data]
         constants = [name if name in self._constants and name not in self._data else "" for name in node.input]
         weight_name, bias_name = _parameter_names(node, constants)
-        weight = self._parameter(weight_name)
+        weight = self._parameter(weight_name, _out_axis(node.op_type, given))
         shape = None if weight is None else weight.shape
         small = [self._constants.small(name) if name else None for name in constants]
         kind, facts = kind_of(node.op_type, given, self._shapes.get(read[0]), shape, small)
         if kind in ("Max", "Min", "Add", "Mul", "Sub", "Div") and len(node.input) != 2:
             kind = "Unknown"
         draft = _Draft(node, kind, [self._use(name) for name in read], list(node.output), facts, weight)
-        draft.bias = self._parameter(bias_name)
+        draft.bias = self._parameter(bias_name, 0)
         self._place_axes(draft, node.op_type, given, weight_name)
         if read and all(name in self._codes for name in read):
             draft.is_integer, draft.encoding = True, draft.inputs[0].encoding
@@ -272,19 +272,29 @@ class OnnxArtefact:
             if draft.kind == "Gemm" and draft.attributes["weight_operand"] == 0:
                 draft.kind = "MatMul"
 
-    def _parameter(self, name: str | None) -> Constant | None:
+    def _parameter(self, name: str | None, axis: int | None = None) -> Constant | None:
+        """A constant operand, on the grid that a file of encodings gives it where the graph has none.
+
+        Args:
+            name: Its name.
+            axis: Of its output channels, which such a file need not state.
+        """
         if name is None:
             return None
         held = self._constants.constant(name)
         encoding = self.parameters.get(name)
-        if encoding is None or held.encoding is not None:
+        if encoding is None or held.encoding is not None or held.shape is None:
             return held
-        made = self._constants.quantized(name, encoding) if encoding.signed is not None else None
-        return made or Constant(name, held.shape, encoding, codes=self._codes_of(name, encoding))
-
-    def _codes_of(self, name: str, encoding: Encoding) -> Any:
-        signed = encoding.as_signed(True)
-        return self._constants.quantized(name, signed).codes if not signed.is_float else None
+        if encoding.signed is None and encoding.axis is not None and encoding.block_size is None:
+            encoding = replace(encoding, axis=axis)
+        if encoding.axis is not None and encoding.block_size is None:
+            sizes = held.shape[encoding.axis : encoding.axis + 1]
+            if sizes != encoding.scale.shape:
+                raise ArtefactError(
+                    f"{self._constants.where(name)}: has {encoding.scale.size} encodings where axis {encoding.axis} of "
+                    f"{list(held.shape)} needs as many as it has indices. Export the encodings with this model."
+                )
+        return self._constants.quantized(name, encoding)
 
     def _integer(self, node: onnx.NodeProto, form: IntegerForm) -> None:
         """A QOperator: what it computes, with the grids that it is given."""
@@ -390,6 +400,13 @@ class OnnxArtefact:
             is_integer=draft.is_integer,
             more_outputs=tuple(uses[1:]),
         )
+
+
+def _out_axis(name: str, given: Mapping[str, Any]) -> int:
+    """Axis of the output channels in a weight."""
+    if name == "Gemm":
+        return 0 if given.get("transB", 0) else 1
+    return 1 if name in ("ConvTranspose", "MatMul") else 0
 
 
 def _parameter_names(node: onnx.NodeProto, constants: Sequence[str]) -> tuple[str | None, str | None]:

@@ -58,22 +58,26 @@ class Encoding:
             and np.array_equal(self.zero_point, other.zero_point)
         )
 
-    def as_signed(self, signed: bool) -> "Encoding":
-        """A grid without a sign with codes as a signed or unsigned type holds them; any other as it is.
+    def shift_to(self, signed: bool) -> int:
+        """What is taken off the codes of a grid without a sign so that a signed or unsigned type holds them.
 
-        The zero point of a grid that is symmetric becomes 0.
+        The zero point of a grid that is symmetric becomes 0; codes of any other grid stay as they are.
         """
-        if self.signed is not None:
-            return self
-        if not signed:
-            return replace(self, signed=False)
+        if self.signed is not None or not signed:
+            return 0
         half = 1 << (self.bits - 1)
         zero = int(self.zero_point.flat[0]) if self.zero_point.size else half
         is_symmetric = bool((self.zero_point == zero).all()) and abs(zero - half) <= 1 and self.quant_max - zero < half
-        shift = zero if is_symmetric else half
+        return zero if is_symmetric else half
+
+    def as_signed(self, signed: bool) -> "Encoding":
+        """A grid without a sign as a signed or unsigned type holds it; any other as it is."""
+        if self.signed is not None:
+            return self
+        shift = self.shift_to(signed)
         return replace(
             self,
-            signed=True,
+            signed=signed,
             zero_point=self.zero_point - shift,
             quant_min=self.quant_min - shift,
             quant_max=self.quant_max - shift,

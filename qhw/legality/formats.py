@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,9 @@ def _of_grid(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator
         return
     if spec.is_signed is None:
         yield unknown(f"{path}.signed")
-    else:
+    elif e.signed is None:
+        if operand.codes is not None:
+            operand = replace(operand, codes=operand.codes.astype(np.int64) - e.shift_to(spec.is_signed))
         e = e.as_signed(spec.is_signed)
     yield from _of_type(path, spec, e)
     yield from _of_codes(path, spec, operand, e)

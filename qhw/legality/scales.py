@@ -61,11 +61,8 @@ def _kind_findings(path: str, spec: Scale, scale: Numbers) -> Iterator[Finding]:
         must, holds = rule
         legal = holds(scale)
         if not bool(legal.all()):
-            fix = (
-                f"Round it up to {_next_power(scale[~legal].flat[0])}, and quantize again."
-                if "power" in must
-                else (f"Round it to {kind}, and quantize again.")
-            )
+            is_power = kind in ("power_of_two", "e8m0")
+            fix = f"Round it up to the next {'power of two' if is_power else kind}, and quantize again."
             yield _broken(f"{path}.kind", must, scale, legal, fix)
     elif kind != "float32":
         yield unknown(f"{path}.kind", "unknown" if kind == "unknown" else f'scales of kind "{kind}" are not judged yet')
@@ -109,10 +106,6 @@ def _broken(clause: str, must: str, scale: Numbers, legal: Any, fix: str) -> Fin
 def _figure(scale: float) -> str:
     mantissa, exponent = np.frexp(scale)
     return f"2^{int(exponent) - 1}" if mantissa == 0.5 and not 1e-4 < scale < 1e4 else f"{scale:.9g}"
-
-
-def _next_power(scale: float) -> str:
-    return f"2^{int(np.frexp(scale)[1])}"
 
 
 def _holds_float16(scale: Numbers) -> NDArray[np.bool_]:

@@ -34,6 +34,7 @@ ORDER = (
     "integer",
     "vectors",
     "api",
+    "checking",
     "costs",
     "evaluation",
     "verification",
