@@ -13,11 +13,12 @@ from fnmatch import fnmatchcase
 from qhw.errors import PlanError
 from qhw.graph.build_points import PointBuilder
 from qhw.graph.cells import Cells, Wishes, find_cells
+from qhw.graph.demands import Demands
 from qhw.graph.graph import Graph
 from qhw.graph.kinds import VIEW_KINDS
 from qhw.graph.network import past_weight_memory
 from qhw.graph.points import OperatorPlacement, QuantPoint
-from qhw.graph.propagate import Demands, choose_formats
+from qhw.graph.propagate import choose_formats
 from qhw.graph.room import with_room
 from qhw.graph.slots import Choice
 from qhw.schema import TargetSpec

@@ -7,33 +7,17 @@ a slot of its own, and all starts again with that operand apart. There are finit
 formats are fixed in execution order, the most preferred first.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 
 from qhw.errors import PlanError
 from qhw.graph.cell import Cell
+from qhw.graph.conflict import conflict_words, smallest_conflict
+from qhw.graph.demands import Demands
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
 from qhw.graph.ties import alike_slots, clashing_operand, scale_groups
 from qhw.schema import TargetSpec
 
-__all__ = ["Demands", "choose_formats"]
-
-
-@dataclass(frozen=True)
-class Demands:
-    """Formats that are demanded from outside.
-
-    Attributes:
-        weights: By parameter name: the user's.
-        tensors: By tensor name: the user's.
-        inputs: By name of an input of the network: those that the target allows there.
-        outputs: By tensor name, of results of the network that operators read, too: those that the target allows.
-    """
-
-    weights: Mapping[str, str]
-    tensors: Mapping[str, str]
-    inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    outputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+__all__ = ["choose_formats"]
 
 
 class _Stuck(Exception):
@@ -53,11 +37,14 @@ def choose_formats(target: TargetSpec, cells: Sequence[Cell], demands: Demands) 
         demands: Formats that the user wants, and those that the target allows at the edge of the network.
 
     Raises:
-        PlanError: a demand cannot be met, or operators that share a weight cannot hold it in one format.
+        PlanError: a demand cannot be met, or constraints contradict each other; names the smallest set that does.
     """
     edges: list[Slot] = []
     while True:
         search = _Search(target, cells, demands, frozenset(edges))
+        conflict = smallest_conflict(target, cells, demands) if not edges else ()
+        if conflict:
+            raise PlanError(conflict_words(conflict))
         found = search.solve()
         if isinstance(found, Choice):
             break
@@ -138,17 +125,22 @@ class _Search:
                 self.kernels[cell.operator.name] = self.kernels[cell.operator.name][:1]
 
     def operand_to_part(self, cell: Cell) -> Slot:
-        """The operand of a stuck cell that is to be requantized: the first that frees it, else the first at all.
+        """The operand that is to be requantized where a cell is stuck: the first of its own that frees it, else its
+        first at all; else one that reads its result, or the result of a cell that shares its weight; else any.
 
-        Raises:
-            PlanError: none is left; the weight or the result is what disagrees.
+        With all operands apart every cell finds formats: `smallest_conflict` found nothing that stands against it.
         """
-        slots = [edge(cell.operator.name, index) for index in range(len(cell.inputs))]
-        apart = [slot for slot in slots if slot not in self._edges]
-        if not apart:
-            raise self._unsolvable(cell)
-        freeing = [slot for slot in apart if self._frees(cell, slot.operand)]
-        return (freeing or apart)[0]
+        own = self._joined([cell])
+        freeing = [slot for slot in own if self._frees(cell, slot.operand)]
+        family = [c for c in self._cells if c is cell or (c.weight is not None and c.weight == cell.weight)]
+        results = {c.output for c in family}
+        reading = self._joined(self._cells, results)
+        return (freeing or own or reading or self._joined(family) or self._joined(self._cells))[0]
+
+    def _joined(self, cells: Iterable[Cell], among: Collection[str] | None = None) -> list[Slot]:
+        """Operands of cells that are not apart yet; those of some tensors alone."""
+        places = [(edge(c.operator.name, i), name) for c in cells for i, name in enumerate(c.inputs)]
+        return [p for p, name in places if p not in self._edges and (among is None or name in among)]
 
     def _frees(self, cell: Cell, index: int) -> bool:
         """Whether some kernel fits all that a cell touches but one operand."""
@@ -261,12 +253,12 @@ class _Search:
         found = {slot: set(self.formats[slot]) for slot in self._slots(cell)}
         for _, slot, names in wanted:
             found[slot] &= set(names)
-        if cell.keeps_precision:
-            widths = set.intersection(*({self._width(name) for name in names} for names in found.values()))
-            found = {slot: {name for name in names if self._width(name) in widths} for slot, names in found.items()}
         for tied in alike_slots(cell, self._operands(cell)):
             shared = set.intersection(*(found[slot] for slot in tied))
             found |= dict.fromkeys(tied, shared)
+        if cell.keeps_precision:
+            widths = set.intersection(*({self._width(name) for name in names} for names in found.values()))
+            found = {slot: {name for name in names if self._width(name) in widths} for slot, names in found.items()}
         return found if all(found.values()) else None
 
     def _width(self, name: str) -> int | None:
@@ -282,24 +274,6 @@ class _Search:
         if not cell.gives_float:
             found.append((None, tensor(cell.output), cell.output_formats(kernel)))
         return found
-
-    def _unsolvable(self, cell: Cell) -> PlanError:
-        name = cell.weight
-        sharing = self._touching.get(weight(name), []) if name is not None else []
-        if name is not None and len(sharing) > 1:
-            holds = "; ".join(
-                f"{c.operator.name} ({c.operator.kind}) takes {', '.join(_union(map(c.weight_formats, c.kernels)))}"
-                for c in sharing
-            )
-            return PlanError(
-                f"{name}: is shared and must have one format, and there is none: {holds}. "
-                "Keep one of them in float with --keep-float, or untie the weights."
-            )
-        gives = ", ".join(_union(map(cell.output_formats, cell.kernels))) or "what it reads"
-        return PlanError(
-            f"{cell.operator.name}: no kernel of {cell.operator.kind} fits the formats demanded around it. "
-            f"It gives: {gives}. Demand another --format, or keep it in float with --keep-float."
-        )
 
 
 def _union(lists: Iterable[Sequence[str]]) -> list[str]:

@@ -734,8 +734,9 @@ def test_operators_that_share_a_weight_agree_on_its_format():
 def test_operators_that_cannot_agree_on_a_weight_are_both_named():
     with pytest.raises(
         PlanError,
-        match=r"e\.weight: is shared and must have one format, and there is none: e \(Embedding\) takes w4; "
-        r"gemm \(Gemm\) takes w8\. Keep one of them in float",
+        match=r"e: no format fits all 3: e holds weights in w4, gives a8 \(operators\.Embedding\.kernels\); "
+        r"gemm reads a8, holds weights in w8, gives a8 \(operators\.Gemm\.kernels\); e\.weight is one weight of "
+        r"e, gemm\. Drop one: --keep-float e; --keep-float gemm; untie the weights\.",
     ):
         place(tied_model(), target(TIED.replace('"w4", "t8"', '"w4"').replace('"w8", "t8"', '"w8"')))
 
