@@ -10,18 +10,16 @@ from qhw.schema.closest import closest
 from qhw.schema.formats import Format
 from qhw.schema.kernels import Kernel
 from qhw.schema.kinds import OPERATOR_KINDS, TWO_ACTIVATIONS
+from qhw.schema.lint_claims import disagreements, unfounded
 from qhw.schema.lint_numbers import contradictions
 from qhw.schema.lint_reach import unreachable
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
-from qhw.schema.messages import shown
 from qhw.schema.operators import Operator
-from qhw.schema.provenance import claim_tables, claims, leaf_paths
 from qhw.schema.read import dotted
 from qhw.schema.remarks import Remark, Severity
 from qhw.schema.scales import Scale
 from qhw.schema.spec import TargetSpec
-from qhw.schema.write import plain_data
 
 __all__ = ["Finding", "lint"]
 
@@ -30,7 +28,6 @@ BLOCKING = re.compile(
     r"formats\.\w+\.(kind|bits|signed|codes|per|group_size|zero_point|scale|scale\.(kind|values))"
     r"|kernels\.\w+\.(input|weight|output)|operators\.\w+\.kernels"
 )
-NO_CLAIMS = ("artefact.exporter", "artefact.executor")
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,9 @@ def lint(
         *_operators(spec),
         *_kinds(spec, known_kinds),
         *_unused(spec),
-        *_unsourced(spec),
+        *unfounded(spec),
         *_unknown(spec),
-        *_conflicts(spec),
+        *disagreements(spec),
         *_recorded(spec),
     ]
     placed = [
@@ -219,20 +216,6 @@ def _unused(spec: TargetSpec) -> Iterator[Remark]:
                 yield "warning", (section, name), f"no {by} refers to it. Refer to it, or remove it."
 
 
-def _unsourced(spec: TargetSpec) -> Iterator[Remark]:
-    if not spec.sources:
-        return
-    for where, table in claim_tables(plain_data(spec)):
-        bare = [
-            ".".join(leaf)
-            for leaf in leaf_paths(claims(where, table))
-            if not spec.source_of(".".join((*where, *leaf))) and ".".join((*where, *leaf)) not in NO_CLAIMS
-        ]
-        if bare:
-            path: Path = where or (bare[0],)
-            yield "warning", path, f"no source beside {', '.join(bare)}. Name one, or write memory."
-
-
 def _unknown(spec: TargetSpec) -> Iterator[Remark]:
     for path, value in leaves(spec):
         if value != UNKNOWN or path[0] in ("sources", "conflicts", "inherited"):
@@ -241,18 +224,6 @@ def _unknown(spec: TargetSpec) -> Iterator[Remark]:
             yield "warning", path, "unknown: what depends on it cannot be planned."
         else:
             yield "info", path, "unknown: not published, and nothing is assumed in its place."
-
-
-def _conflicts(spec: TargetSpec) -> Iterator[Remark]:
-    for index, conflict in enumerate(spec.conflicts):
-        sides = "; ".join(f"{_plain(item.value)} ({_plain(item.source)})" for item in conflict.readings)
-        why = f", because: {conflict.why}" if conflict.why else ""
-        chosen = "nothing is chosen" if conflict.chosen is None else f"chosen: {_plain(conflict.chosen)}{why}"
-        yield "info", ("conflicts", index), f"sources disagree on {conflict.field}: {sides}; {chosen}."
-
-
-def _plain(value: object) -> str:
-    return shown(list(value)) if isinstance(value, tuple) else value if isinstance(value, str) else shown(value)
 
 
 def _recorded(spec: TargetSpec) -> Iterator[Remark]:

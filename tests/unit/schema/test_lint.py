@@ -217,7 +217,7 @@ def test_findings_carry_their_place_and_come_by_severity(tmp_path: Path) -> None
 def test_recorded_fields_are_those_marked_in_the_models() -> None:
     text = TINY.replace('per = "tensor"', 'per = "tensor", rounding = "to_odd", scale = { kind = "fixed_point" }')
     text = text.replace("bits = 32, ", "bits = 32, signed = true, ")
-    text = text.replace("operators.Gemm = { ", 'operators.Gemm = { limits = { rank = [2], rescale = { max = 2 } }, ')
+    text = text.replace("operators.Gemm = { ", "operators.Gemm = { limits = { rank = [2], rescale = { max = 2 } }, ")
     assert set(recorded_fields(parse_target(text))) == {
         ("formats", "a8", "rounding"),
         ("formats", "a8", "scale", "kind"),
@@ -238,3 +238,19 @@ def test_what_a_base_wrote_may_be_unused_in_a_child() -> None:
     assert unused(child) == []
     assert unused(child.replace('["w4"]', '["w8"]')) == ["formats.w4"]
     assert unused(child + "formats.w8.bits = 8\n") == ["formats.w8"]
+
+
+def test_sources_that_no_claim_names_are_said(tmp_path: Path) -> None:
+    text = TINY.replace(
+        'name = "acme/tiny"', 'name = "acme/tiny"\nsources = { DOC = "manual", OLD = "draft", BOTH = "b" }'
+    )
+    text = text.replace("zero_point = 0", 'zero_point = 0, source = { codes = "DOC", "*" = "memory" }')
+    text += (
+        '[[conflicts]]\nfield = "formats.w8.codes"\nreadings = [{ value = "[-127, 127]", source = "DOC" }, '
+        '{ value = "[-128, 127]", source = ["BOTH"] }]\n'
+    )
+    unnamed = "no claim names it. Name it beside what it says, or remove it."
+    assert [line for line in said(text) if "claim names it" in line] == [f"warning: sources.OLD: {unnamed}"]
+    (tmp_path / "base.toml").write_text(text)
+    child = 'schema_version = 1\nname = "acme/child"\nextends = "base.toml"\n'
+    assert not [f for f in lint(parse_target(child, folder=tmp_path)) if "claim names it" in f.message]
