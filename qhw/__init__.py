@@ -20,6 +20,7 @@ __all__ = [
     "__version__",
     "capture",
     "check",
+    "compare",
     "cost",
     "evaluate",
     "export",
@@ -39,6 +40,7 @@ __all__ = [
 if TYPE_CHECKING:
     from qhw.api import export, load, load_target, plan, quantize, save
     from qhw.checking import check
+    from qhw.comparison import compare
     from qhw.costs import cost
     from qhw.decisions import QuantPlan
     from qhw.engine import QuantizedModel
@@ -58,6 +60,7 @@ _PLACES = {
     "TargetSpec": "qhw.schema",
     "capture": "qhw.graph",
     "check": "qhw.checking",
+    "compare": "qhw.comparison",
     "cost": "qhw.costs",
     "evaluate": "qhw.evaluation",
     "golden": "qhw.golden_vectors",

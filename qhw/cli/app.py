@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qhw import __version__
-from qhw.cli import accumulators, check, golden, plan, plugin, quantize, target, train, verify
+from qhw.cli import accumulators, check, compare, cost, golden, plan, plugin, quantize, target, train, verify
 
 __all__ = ["app"]
 
@@ -22,6 +22,8 @@ app.add_typer(target.app, name="target")
 app.add_typer(plugin.app, name="plugin")
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
+app.command("compare")(compare.compare)
+app.command("cost")(cost.cost)
 app.command("quantize")(quantize.quantize)
 app.command("train")(train.train)
 app.command("verify")(verify.verify)

@@ -38,6 +38,7 @@ ORDER = (
     "costs",
     "evaluation",
     "verification",
+    "comparison",
     "golden_vectors",
     "qhw",
     "testing",
