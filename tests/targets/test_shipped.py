@@ -101,6 +101,8 @@ def explains(spec: TargetSpec, operator: OperatorPlacement) -> bool:
         return spec.kernels[rest[0]].bias == "none" or (rule is not None and rule.max_channels is not None)
     if section in ("network", "boundary"):
         return getattr(getattr(spec, section), rest[0]) is not None
+    if section == "kernels" and rest[1] == "weight" and "group_size" in operator.reason:
+        return all(spec.formats[name].per == "group" for name in spec.kernels[rest[0]].weight or ())
     if section in ("operators", "kernels"):
         return not is_runnable(spec, operator.kind)
     return section == "graph" or (section == "fallback" and spec.fallback == "single_partition")
