@@ -65,6 +65,9 @@ class OnnxQdq(Exporter):
             if qparams.elements is not None:
                 what = f"formats.{point.format} holds {qparams.elements.words}, and this form holds integers"
                 problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
+            elif point.is_dynamic:
+                what = f"formats.{point.format}.scale.dynamic: this form cannot say that scales are computed live"
+                problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
             elif storage_of(qparams, activation=activation) is None:
                 limit = "16 bits" if activation else "16 bits, or 32 with zero point 0,"
                 problems[f"{point.group}: {qparams.bits} bits have no ONNX type; use {limit} or fewer"] = None

@@ -5,12 +5,12 @@ from qhw.engine.number_formats import elements_of
 from qhw.errors import PlanError
 from qhw.extension import Registry
 from qhw.graph import QuantPoint
-from qhw.numerics import Granularity, Grid, PerAxis, PerGroup, PerTensor
+from qhw.numerics import ElementSet, Granularity, Grid, PerAxis, PerGroup, PerTensor
 from qhw.numerics.grid import ScaleKind
 from qhw.schema import Format, TargetSpec
 from qhw.schema import Scale as ScaleSpec
 
-__all__ = ["granularity_of", "grid_of"]
+__all__ = ["granularity_of", "grid_of", "grid_with"]
 
 
 def grid_of(target: TargetSpec, name: str, registry: Registry | None = None) -> Grid:
@@ -24,11 +24,19 @@ def grid_of(target: TargetSpec, name: str, registry: Registry | None = None) -> 
     Raises:
         PlanError: the format does not say enough, or says something that is recorded only, or no plugin knows its kind.
     """
-    spec = target.formats[name]
-    reason = spec.unplannable_reason
+    reason = target.formats[name].unplannable_reason
     if reason is not None:
         raise PlanError(f"{target.name}: formats.{name}.{reason}. Choose another format, or state it in a target file.")
-    elements = elements_of(target, name, registry)
+    return grid_with(target, name, elements_of(target, name, registry))
+
+
+def grid_with(target: TargetSpec, name: str, elements: ElementSet | None) -> Grid:
+    """The grid of a format that can be planned, its elements known.
+
+    Raises:
+        PlanError: the format does not say which codes there are.
+    """
+    spec = target.formats[name]
     low, high = (spec.quant_min, spec.quant_max) if elements is None else elements.code_bounds
     if low is None or high is None:  # excluded by unplannable_reason; said again for the type checker
         raise PlanError(f"{target.name}: formats.{name}.codes: not known.")

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from qhw.engine.blame import blaming, must_be
 from qhw.errors import PlanError
 from qhw.extension import Registry, default_registry
+from qhw.graph import QuantPoint, input_point
 from qhw.numerics import ElementSet, ListedElements
 from qhw.schema import INTEGER, Format, TargetSpec, closest
 
-__all__ = ["check_number_formats", "elements_of"]
+__all__ = ["check_number_formats", "check_static_biases", "elements_of"]
 
 
 def elements_of(target: TargetSpec, name: str, registry: Registry | None = None) -> ElementSet | None:
@@ -61,6 +62,24 @@ def check_number_formats(target: TargetSpec, names: Iterable[str], registry: Reg
     for name in dict.fromkeys(names):
         if name in target.formats:
             elements_of(target, name, registry)
+
+
+def check_static_biases(target: TargetSpec, points: Iterable[QuantPoint]) -> None:
+    """Refuse integer biases in units of sums whose scale nobody knows before run time.
+
+    Raises:
+        PlanError: says which.
+    """
+    known = list(points)
+    for point in known:
+        if point.role == "bias" and target.biases[point.format].scale != "own":
+            source = input_point(known, point.operator)
+            if source is not None and source.is_dynamic:
+                raise PlanError(
+                    f"{point.name}: an integer bias in units of input*weight (biases.{point.format}) needs the scale "
+                    f"of '{source.name}', which is computed at run time (formats.{source.format}.scale.dynamic). "
+                    "Let the bias stay float in the target, or choose another --format."
+                )
 
 
 def _listed(spec: Format) -> ElementSet | None:

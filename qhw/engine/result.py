@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from qhw.decisions import QuantPlan, StepReport
 from qhw.engine.insert import insert_modules
+from qhw.engine.quantizers import quantizer_of
 from qhw.errors import ResultError
 from qhw.graph import Graph, QuantPoint
 from qhw.numerics import FakeQuantizer, FoldedBatchNorm, QParams, quantize
@@ -75,7 +76,7 @@ class QuantizedModel(nn.Module):
         self._paths = insert_modules(
             simulated,
             plan.points,
-            lambda point: FakeQuantizer(qparams[point.group], name=point.name),
+            lambda point: quantizer_of(target, graph, point, qparams[point.group]),
         )
         self.module = simulated.module
         self.module.train(False)

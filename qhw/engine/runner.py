@@ -24,7 +24,7 @@ from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry
 from qhw.graph import Graph
 from qhw.graph.verify import not_finite
-from qhw.numerics import PerTensor
+from qhw.numerics import PerTensor, legal_scale
 from qhw.schema import TargetSpec
 
 __all__ = ["apply_step", "finished", "run"]
@@ -71,7 +71,7 @@ def run(
     progress = progress or SilentProgress()
     work = Work(graph.copy(), target, plan, registry)
     context = Context(calibration, progress, seed)
-    _set_fixed(work)
+    _set_given(work)
     add_required_biases(work)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -145,8 +145,14 @@ def _check_finite(graph: Graph) -> None:
         raise RangeError(f"{name}: holds NaN or infinite values. Repair the checkpoint before quantizing.")
 
 
-def _set_fixed(work: Work) -> None:
+def _set_given(work: Work) -> None:
+    """Scales that the hardware prescribes; for tensors whose scales it computes itself, one that stands for them."""
     for point in work.plan.points:
+        if point.is_dynamic:
+            grid = work.grid(point.group)
+            scale = legal_scale(torch.tensor(1.0, dtype=torch.float64), grid)
+            zero_point = torch.tensor(grid.zero_points[0] if grid.zero_points else grid.quant_min, dtype=torch.int32)
+            work.qparams[point.group] = grid.qparams(scale, zero_point, PerTensor())
         if point.fixed is not None:
             grid = work.grid(point.group)
             scale = torch.tensor(point.fixed.scale, dtype=torch.float32)

@@ -24,7 +24,7 @@ from qhw.decisions import (
 )
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.notes import open_facts
-from qhw.engine.number_formats import check_number_formats
+from qhw.engine.number_formats import check_number_formats, check_static_biases
 from qhw.engine.options import options_for
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Algorithm, Registry
@@ -78,6 +78,7 @@ def select(
             prepared.settle()
     placement = prepared.placement
     check_number_formats(target, (point.format for point in placement.points if point.role != "bias"), registry)
+    check_static_biases(target, placement.points)
     _require_ranges(target, placement, chosen)
     _require_used(overrides, chosen)
     return QuantPlan(
@@ -408,7 +409,7 @@ def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
 def _require_ranges(target: TargetSpec, placement: Placement, chosen: _Chosen) -> None:
     """Every point gets its scale from some step, from the hardware, or the plan is refused with what was tried."""
     covered = {(step.stage, site) for step in chosen.steps for site in step.sites}
-    fixed = {point.group for point in placement.points if point.fixed is not None}
+    fixed = {point.group for point in placement.points if point.fixed is not None or point.is_dynamic}
     for point in placement.points:
         if point.role not in _NEEDED or point.group in fixed:
             continue

@@ -34,8 +34,8 @@ def quantized_bytes(result: QuantizedModel) -> int:
             tensor = graph.tensor(point.tensor)
             quantized.add(id(tensor))
             bits += tensor.numel() * qparams.bits
-        if point.role == "bias" or point.fixed is not None or point.group in scaled:
-            continue  # a bias scale is the product of two that are stored, a prescribed one is wired in
+        if point.role == "bias" or point.fixed is not None or point.is_dynamic or point.group in scaled:
+            continue  # a bias scale is the product of two that are stored, others are wired in or computed
         scaled.add(point.group)
         spec = result.target.formats[point.format]
         kind = spec.scale.kind if isinstance(spec.scale, Scale) else "float32"

@@ -80,6 +80,7 @@ class PointBuilder:
             format=legal[0],
             group=self._group(slot),
             fixed=self._fixed(slot),
+            is_dynamic=self._target.formats[legal[0]].is_dynamic,
             minimum=low,
             maximum=high,
         )
@@ -99,6 +100,7 @@ class PointBuilder:
             format=legal[0],
             group=self._group(slot),
             fixed=self._fixed(slot),
+            is_dynamic=self._target.formats[legal[0]].is_dynamic,
             minimum=low,
             maximum=high,
         )

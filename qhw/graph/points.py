@@ -39,6 +39,7 @@ class QuantPoint(_Data):
     axis: int | None = Field(None, description="Axis of the output channels (weights and biases).")
     group_size: int | None = Field(None, description="Elements of one group of weights that share a scale.")
     fixed: FixedEncoding | None = None
+    is_dynamic: bool = Field(False, description="Scales are computed from live data; no range is set.")
     minimum: float | None = Field(
         None, description="Smallest real value that can occur, from the graph (0 after ReLU)."
     )

@@ -22,7 +22,9 @@ def format_reason(target: TargetSpec, name: str) -> str | None:
     spec = target.formats[name]
     if spec.unplannable_reason is not None:
         return spec.unplannable_reason
-    return None if spec.per == "tensor" else f'per: "{spec.per}"; an activation has one scale, which is per = "tensor"'
+    if spec.per == "tensor" or (spec.is_dynamic and spec.per in ("group", "row")):
+        return None
+    return f'per: "{spec.per}"; an activation has one scale, which is per = "tensor"'
 
 
 def activations_of(target: TargetSpec) -> frozenset[str]:
@@ -41,10 +43,14 @@ def held_formats(
 
 
 def group_size(spec: Format, operator: Operator) -> int | None:
-    """The largest allowed size of a group that divides an operator's inputs; None where none does."""
+    """The largest allowed size of a group that divides an operator's inputs; None where none does.
+
+    The last block of a format with shared exponents (e8m0) may be shorter: it is filled up with zeros.
+    """
     sizes = spec.group_size if isinstance(spec.group_size, tuple) else (spec.group_size,)
     inner = _grouped_inputs(operator)
-    fitting = [size for size in sizes if isinstance(size, int) and inner % size == 0]
+    is_filled = getattr(spec.scale, "kind", None) == "e8m0"
+    fitting = [size for size in sizes if isinstance(size, int) and (is_filled or inner % size == 0)]
     return max(fitting, default=None)
 
 
@@ -117,6 +123,8 @@ def _weight_reason(
     form = target.formats[name]
     if form.unplannable_reason is not None or form.per == "tensor":
         return form.unplannable_reason
+    if form.per == "row":
+        return 'per: "row"; a constant operand has "tensor", "out_channel" or "group"'
     if operator.weight_axis is None:
         return f'per: "{form.per}"; the constant of {operator.kind} has no output channels'
     requantize = target.requantize.get(str(row.requantize))

@@ -16,10 +16,10 @@ from qhw.integer.pooling import lower_average, lower_extremum, lower_maximum
 from qhw.integer.products import Lowered, lower_matmul, lower_product
 from qhw.integer.real_average import lower_average_pool
 from qhw.integer.resize import lower_resize
-from qhw.integer.site import Site, sites
+from qhw.integer.site import PointIndex, Site, sites
 from qhw.integer.softmax import lower_log_softmax, lower_softmax
 from qhw.integer.tables import lower_clip, lower_slopes, lower_table
-from qhw.integer.uniform import check_uniform
+from qhw.integer.uniform import check_static, check_uniform
 
 __all__ = ["Obstacle", "lower"]
 
@@ -71,9 +71,11 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
     """
     found: dict[str, tuple[Site, Lowered]] = {}
     obstacles: list[Obstacle] = []
+    points = PointIndex(result.plan)
     for site in sites(result):
         try:
             check_uniform(site)
+            check_static(site, result.float_graph, points)
             form = lower_float_result if is_float_result(site) else _FORMS.get(site.operator.kind)
             if form is None:
                 raise IntegerError(f"{site.operator.kind} has no integer form in qhw yet")

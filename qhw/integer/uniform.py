@@ -4,10 +4,11 @@
 from collections.abc import Iterator
 
 from qhw.errors import IntegerError
-from qhw.integer.site import Site
+from qhw.graph import Graph
+from qhw.integer.site import PointIndex, Site
 from qhw.numerics import QParams
 
-__all__ = ["check_uniform", "has_elements"]
+__all__ = ["check_static", "check_uniform", "has_elements"]
 
 
 def check_uniform(site: Site) -> None:
@@ -19,6 +20,22 @@ def check_uniform(site: Site) -> None:
     for what, qparams in _tensors(site):
         if qparams is not None and qparams.elements is not None:
             raise IntegerError(f"{site.operator.kind} has no integer form: its {what} is in {qparams.elements.words}")
+
+
+def check_static(site: Site, graph: Graph, points: PointIndex) -> None:
+    """Refuse an operator that reads or writes a tensor whose scales are computed at run time.
+
+    Raises:
+        IntegerError: says which of its tensors.
+    """
+    read = [points.read(graph, site.operator, index) for index in range(len(site.operator.inputs))]
+    written = points.written.get(site.members[-1].name)
+    for what, point in (*(("input", point) for point in read), ("result", written)):
+        if point is not None and point.is_dynamic:
+            raise IntegerError(
+                f"{site.operator.kind} has no integer form: scales of its {what} are computed at run time "
+                f"(formats.{point.format}.scale.dynamic)"
+            )
 
 
 def has_elements(site: Site) -> bool:

@@ -3,6 +3,7 @@
 
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
+from qhw.numerics.dynamic_quantizer import DynamicQuantizer
 from qhw.numerics.elements import ElementSet, ListedElements
 from qhw.numerics.fake_quantizer import FakeQuantizer
 from qhw.numerics.float_elements import FloatElements
@@ -25,6 +26,7 @@ from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_
 __all__ = [
     "ROUNDING_RULES",
     "ChannelNormal",
+    "DynamicQuantizer",
     "ElementSet",
     "FakeQuantizer",
     "FloatElements",

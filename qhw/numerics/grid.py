@@ -41,7 +41,8 @@ class Grid:
         scale_kind: "float32" any positive float32; "float16", "bfloat16", "e4m3" a positive value of that type;
             "power_of_two" 2**exponent; "e8m0" the same from 2**-127, chosen for a range by `block_scale`; "fixed"
             the one value in scale_values; "enumerated" one of scale_values.
-        scale_min: Lowest legal scale where none are listed. None: 2**-126, the smallest normal float32 (e8m0: 2**-127).
+        scale_min: Lowest legal scale where none are listed. None: 2**-126, the smallest normal float32; of
+            e8m0 2**-127, or what exponent_min says.
         scale_max: Highest legal scale. None: what keeps every real on the grid finite in float32.
         scale_values: The legal scales when fixed or enumerated.
         exponent_min: Lowest legal exponent, power_of_two and e8m0 only.
@@ -149,7 +150,9 @@ class Grid:
     @property
     def exponent_bounds(self) -> tuple[int, int]:
         """Lowest and highest legal exponent of a power-of-two scale; scale bounds count too."""
-        smallest = _SMALLEST_E8M0 if self.scale_kind == "e8m0" else SMALLEST_SCALE
+        smallest = SMALLEST_SCALE
+        if self.scale_kind == "e8m0":  # of codes in units of less than 1, as 8-bit integers over 2^6, it may be less
+            smallest = _SMALLEST_E8M0 if self.exponent_min is None else 2.0**self.exponent_min
         low = max(self.scale_min or smallest, smallest)
         # frexp is exact where log2 is not: low = fraction * 2**exponent, fraction in [0.5, 1).
         fraction, exponent = math.frexp(low)

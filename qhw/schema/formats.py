@@ -77,8 +77,8 @@ class Format(Table):
     )
     per: Literal["tensor", "out_channel", "group", "row", "block"] | Unknown | None = used(
         "How many scales a tensor has: one; one per output channel; one per group of `group_size` input channels; one "
-        "per row; one per two-dimensional block.",
-        recorded_values=("row", "block"),
+        "per row, for activations whose scales are dynamic; one per two-dimensional block.",
+        recorded_values=("block",),
     )
     group_size: Count | tuple[Count, ...] | Unknown | None = used(
         'Elements of one group for per = "group": one size, or those allowed.'
@@ -162,14 +162,21 @@ class Format(Table):
         return self.kind in (INTEGER, UNKNOWN) and self.code_set is None
 
     @property
+    def is_dynamic(self) -> bool:
+        """True where scales are computed from live data at run time."""
+        return isinstance(self.scale, Scale) and self.scale.dynamic is True
+
+    @property
     def unplannable_reason(self) -> str | None:
         """Why no tensor can be put on this grid yet: `field: value, rule`; None where it can."""
         reason = self._open_numbers()
         if reason is not None:
             return reason
-        if self.per not in ("tensor", "out_channel", "group") and self.kind != "palette":
+        shared = ("tensor", "group", "row") if self.is_dynamic else ("tensor", "out_channel", "group")
+        if self.per not in shared and self.kind != "palette":
             said = "absent" if self.per is None else f'"{self.per}"'
-            return f'per: {said}; a grid needs "tensor", "out_channel" or "group"'
+            wanted = '"tensor", "group" or "row"' if self.is_dynamic else '"tensor", "out_channel" or "group"'
+            return f"per: {said}; a grid {'with scale.dynamic ' if self.is_dynamic else ''}needs {wanted}"
         if self.per == "group" and not isinstance(self.group_size, int | tuple):
             return 'group_size: per = "group" needs a size'
         if self.zero_point == "unknown":
@@ -227,8 +234,6 @@ class Format(Table):
                 return f'scale.kind: "{self.scale.kind}" is recorded, not used yet'
             if self.scale.kind in ("fixed", "enumerated") and not isinstance(self.scale.values, tuple):
                 return f'scale.values: kind = "{self.scale.kind}" needs its values'
-            if self.scale.dynamic is True:
-                return "scale.dynamic: scales computed at run time are recorded, not used yet"
             if (
                 self.scale.inner_bits is not None
                 or self.scale.inner_group_size is not None

@@ -51,7 +51,10 @@ class Scale(Table):
     quantity: Literal["step", "threshold"] | Unknown | None = recorded(
         "What the kind restricts: the step itself, or the threshold (largest real value) that the step follows from."
     )
-    dynamic: bool | Unknown | None = recorded("True: the scale is computed from live data at run time.")
+    dynamic: bool | Unknown | None = used(
+        "True: scales of activations are computed from live data at run time, per tensor, row or group along the axis "
+        "that is summed up. Weights are constant: their scales are set as others are."
+    )
     outer: Literal["float32", "float16", "bfloat16"] | Unknown | None = recorded(
         "Two-level scales: type of the outer scale that multiplies this one."
     )

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from qhw.decisions import QuantPlan
 from qhw.engine import QuantizedModel, Work, insert_modules
+from qhw.engine.quantizers import quantizer_of
 from qhw.errors import TrainingError
 from qhw.extension import Registry
 from qhw.graph import Graph, QuantPoint
@@ -210,7 +211,8 @@ class TrainingForm(Work):
     def _quantizer(self, group: str) -> FakeQuantizer:
         """What an algorithm gave the group, or a quantizer with a scale that stays."""
         if group not in self.quantizers:
-            self.quantizers[group] = FakeQuantizer(self.qparams[group], name=self.group(group)[0].name)
+            point = self.group(group)[0]
+            self.quantizers[group] = quantizer_of(self.target, self.graph, point, self.qparams[group])
         return self.quantizers[group]
 
     def _bias_quantizer(self, point: QuantPoint) -> nn.Module | None:

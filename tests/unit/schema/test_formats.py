@@ -87,9 +87,11 @@ def test_the_fewest_bits_that_hold_a_range(low: int, high: int, signed: bool, bi
             {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(kind="fixed")},
             'scale.values: kind = "fixed" needs its values',
         ),
+        ({"bits": 8, "signed": True, "per": "tensor", "scale": Scale(dynamic=True)}, None),
+        ({"bits": 8, "signed": True, "per": "row", "scale": Scale(dynamic=True)}, None),
         (
-            {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(dynamic=True)},
-            "scale.dynamic: scales computed at run time are recorded, not used yet",
+            {"bits": 8, "signed": True, "per": "out_channel", "scale": Scale(dynamic=True)},
+            'per: "out_channel"; a grid with scale.dynamic needs "tensor", "group" or "row"',
         ),
         (
             {"bits": 8, "signed": True, "per": "tensor", "scale": Scale(inner_bits=4)},

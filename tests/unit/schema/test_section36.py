@@ -63,7 +63,12 @@ USED: dict[int, dict[str, Any]] = {
         "requantize.scaled.out_of_range": "zero_scale",
         "requantize.scaled.per": "out_channel",
     },
-    10: {"formats.blocks.group_size": (32, 64, 128, 256), "formats.lpbq.per": "group"},
+    10: {
+        "formats.blocks.group_size": (32, 64, 128, 256),
+        "formats.lpbq.per": "group",
+        "formats.dynamic_a8.scale.dynamic": True,
+        "formats.dynamic_a8.per": "row",
+    },
     11: {"formats.s8.scale.kind": "power_of_two", "kernels.mac.bias": "own", "biases.own.scale": "own"},
     12: {
         "formats.layer.per": "tensor",
@@ -205,8 +210,6 @@ RECORDED: dict[int, dict[str, Any]] = {
         "formats.lpbq.scale.inner_bits": 4,
         "formats.lpbq.scale.outer_per": "out_channel",
         "formats.micro.scale.inner_group_size": 2,
-        "formats.dynamic_a8.scale.dynamic": True,
-        "formats.dynamic_a8.per": "row",
         "formats.square.per": "block",
         "formats.square.block_shape": (128, 128),
     },

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DynamicQuantizer: a fake quantizer whose scales are those of the tensor that it sees, as hardware computes them."""
+
+from torch import Tensor
+
+from qhw.errors import RangeError
+from qhw.numerics.affine import scale_and_zero_point
+from qhw.numerics.fake_quantizer import FakeQuantizer
+from qhw.numerics.granularity import Granularity, PerGroup, PerTensor, expand, range_of
+from qhw.numerics.grid import Grid
+from qhw.numerics.qparams import QParams
+from qhw.numerics.quantize import fake_quantize_broadcast, zero_point_dtype
+
+__all__ = ["DynamicQuantizer"]
+
+
+class DynamicQuantizer(FakeQuantizer):
+    """Moves a tensor onto scales that cover its own values, block by block along the axis that is summed up.
+
+    The scale and zero point that it holds stand for none in particular. With one scale per tensor the result depends on
+    which samples are computed together; with blocks and rows it does not. Gradients pass as on a fixed scale.
+
+    Args:
+        qparams: On the grid, per tensor.
+        grid: What is legal.
+        axis: The axis that is summed up: 1, or -1 for the last one; None: one scale per tensor.
+        block: Elements of a block along that axis, the last one shorter where they do not divide; None: all, a row.
+        reduced: How many elements are summed up, where axes from 1 on are flattened before: a tensor [n, 8, 4, 4] that
+            a linear layer reads as [n, 128] has blocks of its 128 elements. None: as many as the axis has.
+        name: The tensor's name, for messages.
+    """
+
+    def __init__(
+        self,
+        qparams: QParams,
+        grid: Grid,
+        *,
+        axis: int | None,
+        block: int | None = None,
+        reduced: int | None = None,
+        name: str = "tensor",
+    ) -> None:
+        super().__init__(qparams, name=name)
+        if axis not in (None, 1, -1) or not isinstance(qparams.granularity, PerTensor):
+            raise RangeError(f"{name}: axis must be 1, -1 or None, with qparams per tensor; got {axis}. Choose one.")
+        self.grid = grid
+        self.axis = axis
+        self.block = block
+        self.reduced = reduced
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantized x.
+
+        Args:
+            x: float [batch, *shape].
+
+        Returns:
+            Tensor: x's dtype [batch, *shape]; x itself when not enabled.
+        """
+        if not self.enabled or not x.numel():
+            return x
+        flat = self.axis == -1 and self.reduced is not None and x.shape[-1] != self.reduced and x.dim() > 2
+        y = x.flatten(1) if flat else x
+        granularity = self._cut(y)
+        scale, zero_point = scale_and_zero_point(*range_of(y.detach().float(), granularity), self.grid)
+        zero_point = zero_point.to(zero_point_dtype(self.quant_min, self.quant_max))
+        scale, zero_point = (expand(p, granularity, tuple(y.shape)) for p in (scale, zero_point))
+        bounds = self.quant_min, self.quant_max
+        return fake_quantize_broadcast(y, scale, zero_point, *bounds, self.rounding, self.elements).reshape(x.shape)
+
+    def _cut(self, x: Tensor) -> Granularity:
+        """The blocks of a tensor."""
+        if self.axis is None:
+            return PerTensor()
+        axis = self.axis % x.dim()
+        return PerGroup(axis, self.block or x.shape[axis])
+
+    def extra_repr(self) -> str:
+        blocks = "tensor" if self.axis is None else f"{self.block or 'row'} along axis {self.axis}"
+        return f"{super().extra_repr()}, scales of each {blocks}"
