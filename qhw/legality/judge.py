@@ -93,9 +93,7 @@ class _Judge:
             finding = _missing("operators", "has real numbers in and out", "Quantize it, or replace it.")
             return self._elsewhere(operator, finding)
         if operator.kind == "Unknown":
-            finding = _missing(
-                "operators", operator, f"{operator.type}, which no kind of qhw stands for", "Replace it."
-            )
+            finding = _missing("operators", f"{operator.type}, which no kind of qhw stands for", "Replace it.")
             return self._elsewhere(operator, finding)
         finding = _missing(f"operators.{operator.kind}", operator.type, "Replace it, or run it on the host.")
         for kind in (operator.kind, *FALLBACK_KINDS.get(operator.kind, ())):
@@ -208,7 +206,7 @@ class _Judge:
             if weight.encoding is None and spec.parameters != "float" and not takes("weight"):
                 clause = f"kernels.{(spec.kernels or ('',))[0]}.weight"
                 return _missing(
-                    clause, operator, "weights in real numbers", "Quantize its weights.", "quantized weights"
+                    clause, "weights in real numbers", "Quantize its weights.", "quantized weights"
                 )
             return None
         real = next((use.tensor for use in operator.inputs if use.encoding is None), None)
