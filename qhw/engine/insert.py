@@ -32,7 +32,9 @@ def insert_modules(
     holder = nn.ModuleDict()
     holder_name = _unused(dir(graph.module), "quantizers")
     graph.module.add_module(holder_name, holder)
-    views = {op.name for op in graph.operators if op.is_view}
+    points = tuple(points)
+    # A view that the host computes is a tensor of its own, with a point of its own.
+    views = {op.name for op in graph.operators if op.is_view} - {point.tensor for point in points}
     paths: dict[str, str] = {}
     # Edges first: they read what the tensor's own point will put in place of the tensor.
     for point in sorted(points, key=lambda p: p.role != "edge"):

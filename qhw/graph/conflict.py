@@ -94,6 +94,7 @@ class _Problem:
         self._demands = demands
         self._every = tuple(target.formats)
         self._weight = family[0].weight
+        self._one_axis = len({cell.operator.weight_axis for cell in family}) == 1
 
     def constraints(self) -> Iterator[Constraint]:
         """All constraints, those that are hardest to change first, so that the ones left in the end are easy to."""
@@ -110,7 +111,9 @@ class _Problem:
                 yield Constraint("scale", name, f"{name} has {what} for {_tied_words(cell)} ({path}.same_scale)", keep)
         if self._weight is not None and len(self._family) > 1:
             readers = ", ".join(cell.operator.name for cell in self._family)
-            yield Constraint("shared", self._weight, f"{self._weight} is one weight of {readers}", "untie the weights")
+            text = f"{self._weight} is one weight of {readers}"
+            text += "" if self._one_axis else ", whose outputs lie along different axes, and so has one scale"
+            yield Constraint("shared", self._weight, text, "untie the weights")
         for cell in self._family:
             allowed = None if cell.gives_float else self._demands.outputs.get(cell.output)
             if allowed is not None:
@@ -133,9 +136,8 @@ class _Problem:
 
     def _shared_weights(self) -> Iterator[str]:
         """Formats that one weight can have; its scales may lie along one axis alone."""
-        one_axis = len({cell.operator.weight_axis for cell in self._family}) == 1
         for name in self._every:
-            if one_axis or self._target.formats[name].per == "tensor":
+            if self._one_axis or self._target.formats[name].per == "tensor":
                 yield name
 
     def _fits(self, cell: Cell, held: str | None, active: Collection[tuple[What, str]]) -> bool:

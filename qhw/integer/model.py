@@ -67,6 +67,7 @@ class IntegerModel:
         self._operators = {operator.node: operator for operator in self._graph.operators}
         self._anchor = {m.name: site.name for site in self.sites.values() for m in site.members[1:]}
         self._points = PointIndex(result.plan)
+        self._hosted = {one.name for one in result.plan.operators if one.where == "host"}
         self._qparams = result.encodings()
         self._given = {
             self._graph.node(name): (name, self._qparams[point.group]) for name, point in self._points.given.items()
@@ -142,7 +143,7 @@ class IntegerModel:
         if operator.name in self.sites:
             return self._integer(operator, values, watch, trace)
         source = values[node.all_input_nodes[0]]
-        if operator.is_view and isinstance(source, Codes):
+        if operator.is_view and operator.name not in self._hosted and isinstance(source, Codes):
             moved = self._call(node, values, _bare)
             return tuple(Codes(part, source.qparams) for part in moved) if isinstance(moved, tuple | list) else Codes(
                 moved, source.qparams
