@@ -117,6 +117,7 @@ def _legal(point: "QuantPoint | None") -> list[str]:
 
 def _show(spec: "TargetSpec", model: str, facts: dict[str, Any]) -> None:
     from qhw.cli.words import count_words
+    from qhw.graph import VIEW_KINDS
 
     operators = facts["operators"]
     there = [one for one in operators if one["where"] == "accelerator"]
@@ -129,7 +130,7 @@ def _show(spec: "TargetSpec", model: str, facts: dict[str, Any]) -> None:
     paragraph("On the accelerator", f"{macs}; {len(there)} of {counted(len(operators), 'operator')}{rest}")
     hosted: dict[str, list[str]] = {}
     for one in operators:
-        if one["where"] == "host":
+        if one["where"] == "host" and one["kind"] not in VIEW_KINDS:
             hosted.setdefault(f"{one['kind']}: {one['reason']} ({one['subject']})", []).append(one["name"])
     for text, names in hosted.items():
         paragraph("  on the host", f"{text}: {listed(names, 3)}")
