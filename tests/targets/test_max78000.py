@@ -178,6 +178,7 @@ LIMITS = [
     ({"stride": 2}, "stride = [1]\n", "operators.Conv.limits.stride"),
     ({"dilation": 2}, "dilation = [1]\n", "operators.Conv.limits.dilation"),
     ({"groups": 4}, 'groups = ["1"]\n', "operators.Conv.limits.groups"),
+    ({"padding": 3}, "padding = [0, 1, 2]\n", "operators.Conv.limits.padding"),
 ]
 
 
