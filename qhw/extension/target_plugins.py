@@ -9,10 +9,9 @@ from pathlib import Path
 
 __all__ = ["may_register"]
 
-_UNWRITTEN = re.compile(
-    r"import\s*\(?\s*\*|\bglobals\s*\(|\blocals\s*\(|\bvars\s*\(\s*\)|\bexec\s*\(|\bsys\.modules\b|__dict__|\b__dir__\b"
-)
-"""How a module gets a name that it does not write."""
+_STAR = re.compile(r"import\s*\(?\s*\*")
+_UNWRITTEN = ("globals", "locals", "vars()", "exec(", "sys.modules", "__dict__", "__dir__")
+"""How a module gets a name that it does not write, beside taking all of another module's."""
 
 
 def may_register(point: metadata.EntryPoint, hook: str) -> bool:
@@ -25,8 +24,10 @@ def may_register(point: metadata.EntryPoint, hook: str) -> bool:
         point: The plugin's entry point.
         hook: The hook's name.
     """
-    if point.attr or point.module in sys.modules:
+    if point.attr:
         return True
+    if point.module in sys.modules:
+        return hasattr(sys.modules[point.module], hook)
     try:
         spec = find_spec(point.module)
         origin = None if spec is None else spec.origin
@@ -35,4 +36,4 @@ def may_register(point: metadata.EntryPoint, hook: str) -> bool:
         source = Path(origin).read_text(encoding="utf-8")
     except Exception:  # a parent package may raise anything; the import that follows says what
         return True
-    return hook in source or _UNWRITTEN.search(source) is not None
+    return hook in source or any(word in source for word in _UNWRITTEN) or _STAR.search(source) is not None

@@ -64,6 +64,16 @@ class Located:
 
 
 @dataclass(frozen=True)
+class ExtendsPlace:
+    """Where a layer says what it extends; looked for when a message needs it, as most never do."""
+
+    layer: Layer
+
+    def __str__(self) -> str:
+        return Located((self.layer,)).place(("extends",))
+
+
+@dataclass(frozen=True)
 class LoadedTarget:
     """A target and the places of its fields, for messages about it."""
 
@@ -177,7 +187,7 @@ def _base_of(chain: list[Layer], find_base: FindBase | None) -> Layer | None:
     base = layer.data.get("extends")
     if base is None:
         return None
-    where = Located((layer,)).place(("extends",))
+    where = ExtendsPlace(layer)
     if not isinstance(base, str) or not base or "\0" in base:
         raise TargetError(
             f"{where}  extends: must be a target's name or a relative path to a .toml file; got {shown(base)}."
@@ -198,7 +208,7 @@ def _base_of(chain: list[Layer], find_base: FindBase | None) -> Layer | None:
     return found
 
 
-def _relative_base(base: str, layer: Layer, where: str) -> Layer:
+def _relative_base(base: str, layer: Layer, where: ExtendsPlace) -> Layer:
     if FilePath(base).is_absolute() or "\\" in base or PureWindowsPath(base).drive:
         raise TargetError(
             f"{where}  extends: a path must be relative to its file, with / between folders; got {shown(base)}."
@@ -225,7 +235,7 @@ def _is_file(path: FilePath) -> bool:
         return False
 
 
-def _check_inside(path: FilePath, within: FilePath, base: str, where: str) -> None:
+def _check_inside(path: FilePath, within: FilePath, base: str, where: ExtendsPlace) -> None:
     """A file that came from elsewhere must not make this machine read its other files."""
     try:
         is_inside = path.resolve().is_relative_to(within)
@@ -238,7 +248,7 @@ def _check_inside(path: FilePath, within: FilePath, base: str, where: str) -> No
         )
 
 
-def _named_base(base: str, where: str, find_base: FindBase | None) -> Layer:
+def _named_base(base: str, where: ExtendsPlace, find_base: FindBase | None) -> Layer:
     if find_base is None:
         raise TargetError(
             f"{where}  extends: the target {_quoted(base)} is unknown here. Give a relative path that ends in .toml."

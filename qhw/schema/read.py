@@ -136,7 +136,7 @@ def _first_wrong_value(data: dict[str, Any]) -> Problem | None:
 
 def _wrong_scalar(value: Any) -> str | None:
     if isinstance(value, str):
-        is_text = not any(0xD800 <= ord(char) <= 0xDFFF for char in value)
+        is_text = value.isascii() or not any(0xD800 <= ord(char) <= 0xDFFF for char in value)
         return None if is_text else "must be Unicode text; got half of a surrogate pair. Correct it."
     if value is None or isinstance(value, bool):
         return None
