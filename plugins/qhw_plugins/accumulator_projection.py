@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from qhw.decisions import Json, Reason, Resources, Step, StepReport, Survey, Verdict, counted
+from qhw.engine import weight_sum_limit
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
-from qhw.graph import Graph, Operator, Placement, input_point, num_products, sum_bits
+from qhw.graph import Graph, Operator, Placement, accumulator_width, input_point, num_products, sum_bits
 from qhw.numerics import accumulator_bits_needed, accumulator_bounds
 from qhw.schema import TargetSpec
 from qhw_plugins.fitted_weights import FittedWeight, refused, weight_survey, weighted_users
+from qhw_plugins.l1_ball import onto_ball
 from qhw_plugins.sites import not_uniform
 from qhw_plugins.weight_loss import lowest, sqnr_db
 
@@ -33,6 +35,8 @@ class AccumulatorProjection(Algorithm):
     that the bound leaves (P and N apart where a or b is 0): magnitudes shrink by a common threshold, then to whole
     numbers, what is left of the limit going to the largest remainders. Channels that fit stay as they are. Taken only
     where the widest sums that formats and shape allow could overflow.
+
+    Where a kernel limits P + N itself (`weight_abs_sum_max`), the codes are projected onto that ball as well.
 
     Reference:
         Colbert et al., 2023, arXiv:2308.13504 (A2Q: the bound on the L1 norm); 2024, arXiv:2401.10432 (A2Q+: the
@@ -59,6 +63,36 @@ class AccumulatorProjection(Algorithm):
 
 
 def _verdict(operator: Operator, weight_format: str, points: Placement, target: TargetSpec) -> Verdict:
+    """Whether sums could leave the accumulator, or weights the limit that the kernel states."""
+    verdict, norm = _of_sums(operator, weight_format, points, target), _of_norm(operator, weight_format, points, target)
+    if norm is None or (verdict.taken and not norm.taken):
+        return verdict
+    if norm.taken and not verdict.taken:
+        return norm
+    return Verdict(taken=norm.taken, reasons=(*verdict.reasons, *norm.reasons))
+
+
+def _of_norm(operator: Operator, weight_format: str, points: Placement, target: TargetSpec) -> Verdict | None:
+    """Whether the codes of a channel could sum to more than the kernel allows; None where it states nothing."""
+    kernel = points.operator(operator.name).kernel
+    stated = target.kernels[kernel].weight_abs_sum_max if kernel is not None else None
+    weight, point = target.formats[weight_format], input_point(points.points, operator.name)
+    if stated is None or stated == "unknown" or weight.zero_point not in (0, None) or point is None:
+        return None
+    products = num_products(operator)
+    # What an accumulator allows is known with the zero point of the input: as little as with the widest.
+    bits = accumulator_width(target, kernel)
+    reach = sum_bits(operator, target.formats[point.format], weight)
+    if stated == "from_accumulator" and bits is None:
+        return None
+    largest = products * max(abs(int(weight.quant_min or 0)), abs(int(weight.quant_max or 0)))
+    holds = reach <= int(bits or 0) if stated == "from_accumulator" else largest <= int(stated)
+    rule = f"{{value}}: codes of {products} weights " + ("always fit" if holds else f"can sum to {largest}")
+    reason = Reason(subject=f"kernels.{kernel}.weight_abs_sum_max", value=stated, rule=rule)
+    return Verdict(taken=not holds, reasons=(reason,))
+
+
+def _of_sums(operator: Operator, weight_format: str, points: Placement, target: TargetSpec) -> Verdict:
     placement = points.operator(operator.name)
     name = target.kernels[placement.kernel].accumulator if placement.kernel is not None else None
     accumulator = target.accumulators.get(str(name))
@@ -120,9 +154,10 @@ class _Sums:
         high: Largest, >= 0.
         bias: float64 [out], reals; zeros where there is none.
         unit: Scale of the input.
-        bits: Of the accumulator.
+        bits: Of the accumulator; 128 where it is not known.
         quant_min: Lowest weight code.
         quant_max: Highest.
+        most: Largest sum of magnitudes of a channel's codes that the kernel allows; infinite without a limit.
     """
 
     low: int
@@ -132,17 +167,20 @@ class _Sums:
     bits: int
     quant_min: int
     quant_max: int
+    most: float = math.inf
 
     @classmethod
     def of(cls, work: Any, group: str, operator: Operator, channels: int) -> "_Sums":
         x, weight = work.qparams[work.input_group(operator.name)], work.weight_qparams(group)
         placement = next(p for p in work.plan.operators if p.name == operator.name)
-        bits = int(work.target.accumulators[work.target.kernels[placement.kernel].accumulator].bits)
+        bits = accumulator_width(work.target, placement.kernel) or 128
+        limit = weight_sum_limit(work, operator.name)
         bias = torch.zeros(channels, dtype=torch.float64)
         if operator.bias is not None:
             bias = work.graph.tensor(operator.bias).detach().double()
         low, high = x.quant_min - int(x.zero_point), x.quant_max - int(x.zero_point)
-        return cls(low, high, bias, float(x.scale), bits, weight.quant_min, weight.quant_max)
+        most = math.inf if limit is None else float(limit)
+        return cls(low, high, bias, float(x.scale), bits, weight.quant_min, weight.quant_max, most)
 
     def bias_codes(self, scale: Tensor) -> Tensor:
         """In units of the accumulator, rounded outwards by one."""
@@ -152,7 +190,12 @@ class _Sums:
     def fitted(self, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of weights on these scales whose sums fit, and the channels that had to change for it."""
         codes = (rows / scale[:, None]).round().clamp(self.quant_min, self.quant_max)
-        return projected(codes, self.low, self.high, self.bias_codes(scale), self.bits)
+        found, changed = projected(codes, self.low, self.high, self.bias_codes(scale), self.bits)
+        over = found.abs().sum(1) > self.most
+        if not bool(over.any()):
+            return found, changed
+        inside = onto_ball(found.abs(), torch.full_like(self.bias, self.most)) * found.sign()
+        return torch.where(over[:, None], inside, found), changed | over
 
     def error(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Squared error of weights on these scales, made to fit: float64 [out]; infinite where no bias would."""
@@ -177,7 +220,8 @@ class _Sums:
         bias = self.bias_codes(scale)
         highest = self.high * p - self.low * n + bias.clamp(min=0)
         lowest = self.high * n - self.low * p - bias.clamp(max=0)
-        return (torch.maximum(highest, lowest) / (2.0 ** (self.bits - 1) - 1)).clamp(min=1)
+        growth = torch.maximum(highest, lowest) / (2.0 ** (self.bits - 1) - 1)
+        return torch.maximum(growth, (p + n) / self.most).clamp(min=1)
 
 
 def projected(rows: Tensor, low: int, high: int, bias: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -201,27 +245,11 @@ def projected(rows: Tensor, low: int, high: int, bias: Tensor, bits: int) -> tup
     if low == 0 or high == 0:
         # One of the two terms is 0 on each side: P and N are bounded apart.
         first, second = (up / high, down / high) if low == 0 else (down / -low, up / -low)
-        fitted = _onto_ball(positive, first.floor()) - _onto_ball(negative, second.floor())
+        fitted = onto_ball(positive, first.floor()) - onto_ball(negative, second.floor())
     else:
         limit = (torch.minimum(up, down) / max(high, -low)).floor()
-        fitted = _onto_ball(rows.abs(), limit) * rows.sign()
+        fitted = onto_ball(rows.abs(), limit) * rows.sign()
     return torch.where(over[:, None], fitted, rows), over
-
-
-def _onto_ball(magnitudes: Tensor, limit: Tensor) -> Tensor:
-    """Whole numbers next to the Euclidean projection onto {sum <= limit}, per row (Duchi et al., 2008); not above."""
-    limit = limit.clamp(min=0)
-    ordered = magnitudes.sort(1, descending=True).values
-    counts = torch.arange(1, magnitudes.shape[1] + 1, dtype=torch.float64)
-    thresholds = (ordered.cumsum(1) - limit[:, None]) / counts
-    last = (ordered > thresholds).long().cumsum(1).argmax(1, keepdim=True)
-    threshold = thresholds.gather(1, last).clamp(min=0)
-    real = (magnitudes - threshold).clamp(min=0)
-    whole = real.floor()
-    spare = (limit - whole.sum(1)).clamp(min=0)
-    order = (real - whole).argsort(1, descending=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(magnitudes.shape[1]).expand_as(order))
-    return whole + ((rank < spare[:, None]) & (real > whole)).double()
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from qhw.engine.result import QuantizedModel
 from qhw.engine.runner import apply_step, finished, run
 from qhw.engine.select import select, select_stage, target_fingerprint
 from qhw.engine.size import float_bytes, quantized_bytes
+from qhw.engine.weight_sums import weight_sum_limit
 from qhw.engine.work import Context, Statistic, Work
 from qhw.engine.work_folder import WorkFolder
 
@@ -61,6 +62,7 @@ __all__ = [
     "target_fingerprint",
     "top1",
     "weight_scale_floor",
+    "weight_sum_limit",
     "written_files",
     "written_whole",
 ]

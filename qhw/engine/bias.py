@@ -210,8 +210,8 @@ def _check_unit(point: QuantPoint, scale: Tensor) -> None:
 def _too_negative(point: QuantPoint, rule: Bias) -> PlanError:
     low, high = _limits(rule)
     return PlanError(
-        f"{point.name}: has values on the side of the zero point {_zero_point(rule)} where biases.{point.format} has no "
-        f"codes ({low} to {high}). Keep '{point.operator}' in float with --keep-float, or take another kernel."
+        f"{point.name}: has values on the side of the zero point {_zero_point(rule)} where biases.{point.format} "
+        f"has no codes ({low} to {high}). Keep '{point.operator}' in float with --keep-float, or take another kernel."
     )
 
 

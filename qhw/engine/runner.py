@@ -18,6 +18,7 @@ from qhw.engine.options import options_for
 from qhw.engine.progress import Progress, RichProgress, SilentProgress
 from qhw.engine.replay import check_plan
 from qhw.engine.result import QuantizedModel
+from qhw.engine.weight_sums import check_weight_sums
 from qhw.engine.work import Context, Work
 from qhw.engine.work_folder import KeptStep, WorkFolder, facts_of
 from qhw.errors import PlanError, RangeError
@@ -95,11 +96,12 @@ def finished(
     """The quantized model that a working copy has become.
 
     Raises:
-        PlanError: a point has no scale, or a bias does not fit.
+        PlanError: a point has no scale, or a bias or the weights of a channel do not fit.
         RangeError: a bias holds NaN or infinite values.
     """
     _check_complete(work)
     work.qparams.update(bias_qparams(work))
+    check_weight_sums(work)
     folded = {
         name: replace(norm, normal=work.normals[name])
         for name, norm in work.folded_norms.items()

@@ -57,8 +57,9 @@ class Kernel(Table):
     bias: Id | Literal["none"] | Unknown | None = used('Id of the bias rule, or "none" where no bias can be added.')
     accumulator: Id | Unknown | None = used("Id of the accumulator.")
     requantize: Id | Unknown | None = used("Id of the requantization.")
-    weight_abs_sum_max: Count | Literal["from_accumulator"] | Unknown | None = recorded(
-        "Largest sum of |weight code - zero point| over one output channel; `from_accumulator`: what its width allows."
+    weight_abs_sum_max: Count | Literal["from_accumulator"] | Unknown | None = used(
+        "Largest sum of |weight code - zero point| over one output channel, kept by the fit stage; `from_accumulator`: "
+        "(2^(bits - 1) - 1) / largest |input code - zero point|."
     )
     exponents: tuple[ExponentBound, ...] | Unknown | None = used(
         "Inequalities between power-of-two scales, kept by the fit stage."

@@ -17,7 +17,8 @@ from qhw.errors import PlanError, RangeError
 from qhw.integer import IntegerModel, prove_accumulators
 from qhw.schema import parse_target
 from qhw_plugins import fitted_weights
-from qhw_plugins.accumulator_projection import _onto_ball, projected
+from qhw_plugins.accumulator_projection import projected
+from qhw_plugins.l1_ball import onto_ball
 
 TARGET = """
 schema_version = 1
@@ -89,7 +90,7 @@ def test_projected_codes_fit_by_python_integers_and_keep_their_signs(
 @settings(max_examples=100)
 @given(st.lists(st.integers(0, 127), min_size=2, max_size=9), st.integers(0, 600))
 def test_the_ball_is_filled_by_the_nearest_whole_numbers(magnitudes: list[int], limit: int) -> None:
-    found = _onto_ball(torch.tensor([magnitudes], dtype=torch.float64), torch.tensor([float(limit)]))[0].tolist()
+    found = onto_ball(torch.tensor([magnitudes], dtype=torch.float64), torch.tensor([float(limit)]))[0].tolist()
     low, high = 0.0, float(max(magnitudes))  # the threshold of the projection, by bisection
     for _ in range(80):
         middle = (low + high) / 2

@@ -105,6 +105,11 @@ USED: dict[int, dict[str, Any]] = {
         "accumulators.tensor_core.kind": "float",
         "kernels.mac16.accumulator": "wide",
     },
+    16: {
+        "kernels.mac8.weight_abs_sum_max": 127 * 65536,
+        "kernels.mac16.weight_abs_sum_max": 127 * 2**24,
+        "kernels.a2q.weight_abs_sum_max": "from_accumulator",
+    },
     17: {
         "formats.a8.rounding": "half_to_plus_infinity",
         "requantize.dbl.rounding": "double",
@@ -226,11 +231,6 @@ RECORDED: dict[int, dict[str, Any]] = {
         "accumulators.finn.bits": "per_layer",
         "accumulators.tensor_core.mantissa_bits": 14,
         "accumulators.tensor_core.promotion_interval": 128,
-    },
-    16: {
-        "kernels.mac8.weight_abs_sum_max": 127 * 65536,
-        "kernels.mac16.weight_abs_sum_max": 127 * 2**24,
-        "kernels.a2q.weight_abs_sum_max": "from_accumulator",
     },
     17: {
         "requantize.vxrm.selectable": ("half_to_plus_infinity", "half_even", "floor", "to_odd"),
