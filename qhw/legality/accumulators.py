@@ -116,8 +116,10 @@ def _is_in_unit(site: Site) -> bool:
     w = site.weight.encoding if site.weight is not None else None
     if bias is None or bias.encoding is None or x is None or w is None or w.scale.ndim > 1:
         return False
-    unit = site.per_channel(x.scale * w.scale)
-    return bool(np.allclose(np.broadcast_to(bias.encoding.scale, np.shape(unit) or bias.encoding.scale.shape), unit))
+    unit, scale = site.per_channel(x.scale * w.scale), bias.encoding.scale
+    if unit.size > 1 and scale.size > 1 and unit.size != scale.size:
+        return False
+    return bool(np.allclose(scale, unit, rtol=1e-6, atol=0.0))
 
 
 def _of_width(clause: str, bits: int, bounds: tuple[NDArray[Any], NDArray[Any]], site: Site) -> Iterator[Finding]:

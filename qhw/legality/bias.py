@@ -114,6 +114,8 @@ def _unit(site: Site) -> "np.ndarray | None":
     """Input scale times weight scale per output channel, as float32 has it; None where one is not known."""
     x = site.inputs[0].encoding if site.inputs else None
     w = site.weight.encoding if site.weight is not None else None
+    if w is not None and w.axis not in (None, site.operator.weight_axis):
+        return None  # scales along another axis are no scales of output channels
     if x is None or w is None or x.is_dynamic or w.is_dynamic or x.scale.ndim or w.scale.ndim > 1:
         return None
     return site.per_channel(np.float32(x.scale).astype(np.float64) * np.float32(w.scale).astype(np.float64))

@@ -29,6 +29,7 @@ class Operand:
         codes: Stored codes, of constants.
         out_axis: Axis of the output channels, of weights.
         in_axis: Axis of the input channels, of weights.
+        is_constant: It is a constant, also where its codes are not known.
     """
 
     tensor: str
@@ -36,11 +37,12 @@ class Operand:
     codes: NDArray[Any] | None = None
     out_axis: int | None = None
     in_axis: int | None = None
+    is_constant: bool = False
 
     @classmethod
     def of_constant(cls, constant: Constant, out_axis: int | None, in_axis: int | None) -> "Operand":
         """A weight, or the constant operand of an elementwise operator."""
-        return cls(constant.name, constant.encoding, constant.codes, out_axis, in_axis)
+        return cls(constant.name, constant.encoding, constant.codes, out_axis, in_axis, True)
 
 
 def nearest_format(
@@ -203,6 +205,8 @@ def _of_codes(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterato
             yield Finding(
                 clause, must, _outside(codes, wrong), "Clip the codes, or choose a coarser scale.", distance=far
             )
+    elif operand.is_constant and far == 1 and (e.quant_min < low or e.quant_max > high):
+        yield unknown(clause, f"codes of weights are not in the artefact; its grid has {e.quant_min} to {e.quant_max}")
     elif e.quant_min < low or e.quant_max > high:
         got = f"codes from {e.quant_min} to {e.quant_max}"
         fix = "Clip the tensor to these codes in front of its quantizer."

@@ -205,9 +205,7 @@ class _Judge:
                 return _missing("operators", "a weight computed at run time", "Make it a constant.")
             if weight.encoding is None and spec.parameters != "float" and not takes("weight"):
                 clause = f"kernels.{(spec.kernels or ('',))[0]}.weight"
-                return _missing(
-                    clause, "weights in real numbers", "Quantize its weights.", "quantized weights"
-                )
+                return _missing(clause, "weights in real numbers", "Quantize its weights.", "quantized weights")
             return None
         real = next((use.tensor for use in operator.inputs if use.encoding is None), None)
         constant_is_real = weight is not None and weight.encoding is None and spec.parameters != "float"

@@ -53,7 +53,8 @@ def ratios(site: Site, kernel: str, rule: Requantize, sums: NDArray[Any] | None)
         return
     if site.kind in WEIGHTED_KINDS:
         weight = site.weight.encoding if site.weight is not None else None
-        if weight is not None and weight.scale.ndim <= 1 and site.weight is not None:
+        by_channel = weight is not None and weight.axis in (None, site.operator.weight_axis)
+        if weight is not None and by_channel and weight.scale.ndim <= 1 and site.weight is not None:
             product = _float32(known[0]) * np.float32(weight.scale).astype(np.float64)
             yield Ratio(site.per_channel(product / _float32(output)), site.weight.name, sums)
         return

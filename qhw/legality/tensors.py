@@ -27,7 +27,9 @@ def tensor_findings(artefact: Artefact, target: TargetSpec) -> Iterator[tuple[st
         if encoding.bits > _WIDEST_WEIGHT:
             yield from ((name, one) for one in _of_bias(target, name, encoding))
             continue
-        _, found = nearest_format(target, "kernels", weights or activations or None, Operand(name, encoding))
+        _, found = nearest_format(
+            target, "kernels", weights or activations or None, Operand(name, encoding, is_constant=True)
+        )
         yield from ((name, one) for one in found)
 
 

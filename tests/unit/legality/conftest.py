@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qhw.checking import check
-from qhw.legality import CheckReport
+from qhw.legality import CheckReport, judge
 from qhw.schema import TargetSpec, parse_target
+from qhw_plugins.onnx_reader import OnnxReader
 from tests.quantized_files import OnnxFile
 
 STRICT: dict[str, Any] = {
@@ -81,10 +81,11 @@ Judge = Callable[..., CheckReport]
 def judged(tmp_path: Path) -> Judge:
     """Writes a file and judges it on the strict target with some fields changed."""
 
-    def judge(file: OnnxFile, changes: Mapping[str, Any] | None = None, **options: Any) -> CheckReport:
-        return check(file.write(tmp_path), changed(changes or {}), **options)
+    def held(file: OnnxFile, changes: Mapping[str, Any] | None = None, **options: Any) -> CheckReport:
+        artefact = OnnxReader().read(file.write(tmp_path), None)
+        return judge(artefact, changed(changes or {}), "model.onnx", **options)
 
-    return judge
+    return held
 
 
 def broken(report: CheckReport) -> set[tuple[str, str]]:
