@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["heading", "paragraph", "print_json", "print_table", "warn"]
+__all__ = ["heading", "paragraph", "print_json", "print_table", "warn", "width"]
 
 _LEFT = 22
 

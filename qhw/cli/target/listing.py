@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qhw target list`: all accelerators that are described, a line each."""
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qhw.cli.console import paragraph, print_json, print_table, warn
+from qhw.cli.console import print_json, print_table, warn, width
 from qhw.cli.options import AsJson
 from qhw.wording import counted
 
@@ -88,7 +89,7 @@ def _show(facts: list[dict[str, Any]]) -> None:
     ]
     print_table(columns, rows)
     print()
-    paragraph("", LEGEND, left=1)
+    print("\n".join(textwrap.wrap(LEGEND, width())))
     vendors = {fact["vendor"] for fact in facts}
     print(f"{counted(len(facts), 'target')} of {counted(len(vendors), 'vendor')}. One in full: qhw target show NAME")
 
