@@ -56,15 +56,21 @@ class PointBuilder:
                 yield self._tensor_point(cell.output, cell)
 
     def _readers(self, name: str) -> tuple[str, ...]:
-        """Cells that read a tensor as it is, not through an edge."""
-        return tuple(
-            dict.fromkeys(
-                cell.operator.name
-                for cell in self._found.cells
-                for index, read in enumerate(cell.inputs)
-                if read == name and edge(cell.operator.name, index) not in self._choice.edges
-            )
-        )
+        """Cells that read a tensor as it is, not through an edge.
+
+        An input of the network that has a format of its own there (`boundary.input_formats`) is quantized for all its
+        readers, also where each of them requantizes it.
+        """
+        reads = [
+            (cell.operator.name, edge(cell.operator.name, index) in self._choice.edges)
+            for cell in self._found.cells
+            for index, read in enumerate(cell.inputs)
+            if read == name
+        ]
+        direct = tuple(dict.fromkeys(reader for reader, is_parted in reads if not is_parted))
+        boundary = self._target.boundary
+        has_format = name in self._graph.inputs and boundary is not None and isinstance(boundary.input_formats, tuple)
+        return direct or (tuple(dict.fromkeys(reader for reader, _ in reads)) if has_format else ())
 
     def _tensor_point(self, name: str, writer: Cell | None) -> QuantPoint:
         slot = tensor(name)

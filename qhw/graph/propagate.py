@@ -84,6 +84,8 @@ class _Search:
         for cell in cells:
             for slot in self._slots(cell):
                 self._touching.setdefault(slot, []).append(cell)
+        for name in demands.inputs:  # has a format of its own, even where every reader requantizes it
+            self._touching.setdefault(tensor(name), [])
         self.formats: dict[Slot, list[str]] = {slot: self._start(slot) for slot in self._touching}
 
     def solve(self) -> "Choice | Slot | _Stuck":

@@ -98,6 +98,18 @@ class Perceptron(nn.Module):
         return self.softmax(self.logits(self.relu(self.hidden(x))))
 
 
+class Flat(nn.Module):
+    """A convolution, flattened into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+        self.head = nn.Linear(128, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).flatten(1))
+
+
 class Product(nn.Module):
     """A product of two activations, moved and cut."""
 
@@ -118,6 +130,7 @@ MODELS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "branches": (Branches, IMAGE),
     "pools": (Pools, IMAGE),
     "perceptron": (Perceptron, (2, 8)),
+    "flat": (Flat, IMAGE),
     "product": (Product, (2, 5, 8)),
 }
 
