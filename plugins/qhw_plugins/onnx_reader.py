@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reader `onnx`: quantized ONNX models, as QuantizeLinear / DequantizeLinear pairs or integer operators."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -51,9 +52,25 @@ def parse_onnx(path: Path) -> onnx.ModelProto:
         model.ParseFromString(raw)
     except (DecodeError, ValueError, RecursionError, MemoryError) as error:
         raise ArtefactError(f"{path}: is no ONNX model: its bytes do not parse. Export it again.") from error
+    if any(isinstance(text, bytes) for text in _texts(model.graph)):
+        raise ArtefactError(f"{path}: is damaged: a name in it is no Unicode text. Export the model again.")
     if not model.graph.node:
         raise ArtefactError(f"{path}: must hold an ONNX graph; got one without operators. Export the model again.")
     return model
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[str | bytes]:
+    """Every name in a graph; protobuf gives bytes for what is no Unicode text."""
+    for node in graph.node:
+        yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
+        for item in node.attribute:
+            yield from (item.name, item.t.name)
+    for tensor in graph.initializer:
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        yield info.name
 
 
 @hookimpl
