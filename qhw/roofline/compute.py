@@ -29,7 +29,7 @@ def padded_macs(operator: Operator, macs: int, multiple: int) -> float:
         sizes = [facts["reduced_elements"], operator.shape[-1]]
     else:
         sizes = []
-    factor = math.prod(math.ceil(size / multiple) * multiple / size for size in sizes if size > 0)
+    factor: float = math.prod(math.ceil(size / multiple) * multiple / size for size in sizes if size > 0)
     return macs * factor
 
 

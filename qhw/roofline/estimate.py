@@ -102,8 +102,8 @@ def _operator(
         traffic[name] = Figure(moved.at_least, tuple(dict.fromkeys((*moved.missing, *share.missing))))
         speed = bandwidth(target, name, preset)
         if isinstance(speed, str) or clock_hz is None:
-            lacking = (speed,) if isinstance(speed, str) else ()
-            lacking += (clock_missing,) if clock_missing is not None else ()
+            fields = (speed, clock_missing)
+            lacking = tuple(field for field in fields if isinstance(field, str))
             memory[name] = Figure(0.0, (*traffic[name].missing, *lacking))
         else:
             memory[name] = traffic[name].times(clock_hz / speed)

@@ -50,8 +50,8 @@ def parse(text: str, label: str, *, is_json: bool) -> dict[str, Any]:
     """The table a text holds, with every value one that the schema can hold."""
     deep = None if is_json else DEEP_KEY.search(text)
     if deep is not None:
-        line = text.count("\n", 0, deep.start()) + 1
-        raise TargetError(f"{label}:{line}: nests deeper than {MAX_DEPTH} tables or lists. Flatten it.")
+        at = text.count("\n", 0, deep.start()) + 1
+        raise TargetError(f"{label}:{at}: nests deeper than {MAX_DEPTH} tables or lists. Flatten it.")
     try:
         data = (
             json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant) if is_json else tomllib.loads(text)
