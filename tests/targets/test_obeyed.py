@@ -332,7 +332,7 @@ def test_a_bias_of_too_many_channels_leaves_the_operator_to_another_kernel(plan:
     rule = ("biases.wide = { bits = 32,", "biases.wide = { max_channels = %d, bits = 32,")
     assert decided(plan(small((rule[0], rule[1] % 4)), "conv"), "conv")[0] == "accelerator"  # 4 channels
     assert decided(plan(small((rule[0], rule[1] % 3)), "conv"), "conv") == ("host", "kernels.mac.bias")
-    rows = 'kernels.other = { input = ["a8"], weight = ["w8"], output = ["a8"], bias = "b" }\nbiases.b = { bits = 40 }\n'
+    rows = 'kernels.other = { input = ["a8"], weight = ["w8"], output = ["a8"], bias = "b" }\nbiases.b.bits = 40\n'
     spec = small(
         (rule[0], rule[1] % 3),
         ('operators.Conv = { kernels = ["mac"]', 'operators.Conv = { kernels = ["mac", "other"]'),
