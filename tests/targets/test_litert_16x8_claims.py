@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Callable[[np.random.Generator], Case], str]] = {
     "Sub": (two("SUB", schema.SubOptionsT, torch.sub, 3e-3), FLOOR.replace("rescale", "sum")),
     "Mul": (two("MUL", schema.MulOptionsT, torch.mul, 1e-2), FLOOR),
     "AveragePool": (average, 'operators.AveragePool = { rounding = "half_to_plus_infinity", source = "memory" }'),
-    "ReduceMean": (mean, 'operators.ReduceMean = { mean_count = "ratio", source = "memory" }'),
+    "ReduceMean": (mean, FLOOR),
     "Relu": (rectified, FLOOR),
 }
 
