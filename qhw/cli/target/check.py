@@ -128,12 +128,13 @@ def _show(spec: "TargetSpec", model: str, facts: dict[str, Any]) -> None:
     folded = sum(one["where"] == "folded" for one in operators)
     rest = f", {folded} folded into others" if folded else ""
     paragraph("On the accelerator", f"{macs}; {len(there)} of {counted(len(operators), 'operator')}{rest}")
-    hosted: dict[str, list[str]] = {}
+    hosted: dict[str, list[dict[str, Any]]] = {}
     for one in operators:
         if one["where"] == "host" and one["kind"] not in VIEW_KINDS:
-            hosted.setdefault(f"{one['kind']}: {one['reason']} ({one['subject']})", []).append(one["name"])
-    for text, names in hosted.items():
-        paragraph("  on the host", f"{text}: {listed(names, 3)}")
+            hosted.setdefault(f"{one['reason']} ({one['subject']})", []).append(one)
+    for text, ones in hosted.items():
+        found = ", ".join(dict.fromkeys(one["kind"] for one in ones))
+        paragraph("  on the host", f"{found}: {text}: {listed([one['name'] for one in ones], 3)}")
     print()
     kinds = {one["name"]: one["kind"] for one in operators}
     rows = [_row(one, kinds) for one in there if one["fused_into"] is None and (one["kernel"] or one["result_formats"])]

@@ -40,7 +40,8 @@ def show(name: TargetArgument, part: PartArgument = None, as_json: AsJson = Fals
     if part is None:
         _show_head(spec)
     for section, held in sections.items():
-        print()
+        if part is None:
+            print()
         heading(section)
         for label, lines in _entries(spec, section, held):
             for line in lines:

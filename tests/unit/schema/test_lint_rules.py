@@ -346,6 +346,13 @@ def test_what_a_base_wrote_for_its_own_formats_is_not_remarked(tmp_path: Path) -
     assert warned("operators.Add.preshift_bits = { a8 = 19 }\n") == ["operators.Add.preshift_bits.a8"]
 
 
+def test_a_reading_that_a_child_replaces_is_no_contradiction(tmp_path: Path) -> None:
+    old, new, _ = CASES["choice that the field does not follow"]
+    (tmp_path / "base.toml").write_text(WHOLE.replace(old, new, 1).replace("chosen = 40", "chosen = 32"))
+    child = 'schema_version = 1\nname = "acme/child"\nextends = "base.toml"\naccumulators.acc = { bits = 24 }\n'
+    assert not [found for found in lint(parse_target(child, folder=tmp_path)) if "chooses" in found.message]
+
+
 def test_the_kinds_are_those_of_the_graph() -> None:
     assert KNOWN_KINDS == OPERATOR_KINDS == tuple(sorted(OPERATOR_KINDS))
     assert {rule.kind for rule in ATEN_KINDS.values()} <= set(OPERATOR_KINDS)
