@@ -38,6 +38,8 @@ def learned_fake_quantize(
     gradient_scale: float = 1.0,
     clip: Clip = NO_CLIP,
     elements: ElementSet | None = None,
+    made_of: tuple[Tensor, Tensor, Tensor] | None = None,
+    keeps_result: bool = True,
 ) -> Tensor:
     """Real numbers moved onto the grid, with gradients for x, the scale and the zero point.
 
@@ -50,8 +52,8 @@ def learned_fake_quantize(
         d x_hat / ds = round(x / s) - x / s inside, c - z outside                   (38)
         d x_hat / dz = 0 inside, -s outside                                         (40)
 
-    The forward value is bit for bit that of `fake_quantize`. Saves x and x_hat, which its neighbours save too, and no
-    quotient. Not twice differentiable. Cost: four to six passes over x in cache in each direction; a clip adds one
+    The forward value is bit for bit that of `fake_quantize`. Saves x and x_hat, where its neighbours save them too, and
+    no quotient. Not twice differentiable. Cost: four to six passes over x in cache in each direction; a clip adds one
     backwards, where it would take three passes over memory on its own.
 
     Args:
@@ -65,6 +67,11 @@ def learned_fake_quantize(
         clip: Bounds that x is limited to first; the values and gradients are those of `clipped` in front.
         elements: What codes stand for, where they are not evenly spaced: c - z is the element nearest to x / s, and
             inside is what lies no more than half a step beyond the ends. The zero point is None then.
+        made_of: u, factor and offset, float32 with the axis of channels second, where x = factor u + offset and u is
+            kept for gradients by who made x: then x is not kept, but made again. A rounding of x may change which side
+            of the grid's edge it counts on.
+        keeps_result: Whether x_hat is kept for the gradient, which costs nothing where its reader keeps it; else it is
+            computed again.
 
     Returns:
         Tensor: x's dtype [*shape].
@@ -81,7 +88,7 @@ def learned_fake_quantize(
     if clip != NO_CLIP and not (clip[0] <= 0.0 <= clip[1] and fits_pieces(x, scale, quant_min, quant_max)):
         x, clip = clipped(x, clip), NO_CLIP
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, zero_point, quant_min, quant_max, rounding, gradient_scale, clip
+        x, scale, zero_point, quant_min, quant_max, rounding, gradient_scale, clip, keeps_result, *(made_of or (None,) * 3)
     )
     return result
 
@@ -98,6 +105,8 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         rounding: Rounding,
         gradient_scale: float,
         clip: Clip,
+        keeps_result: bool,
+        *made_of: Tensor | None,
     ) -> Tensor:
         ctx.grid = (quant_min, quant_max, rounding)
         ctx.gradient_scale = gradient_scale
@@ -109,7 +118,8 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         if ctx.codes is not None:
             result = forward_in_pieces(x, scale, ctx.codes, rounding, clip)
             # The layer behind saves its input, the operator before its output: neither is kept for this node alone.
-            ctx.save_for_backward(x, scale, result)
+            kept = result if keeps_result else None
+            ctx.save_for_backward(scale, kept, *((x,) if made_of[0] is None else made_of))
             return result
         ctx.save_for_backward(x, scale, zero_point)
         code = _rounded(x.float() / scale, rounding).to(zero_point_dtype(quant_min, quant_max))
@@ -123,7 +133,10 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         is_zero_wanted = ctx.needs_input_grad[2]
         if ctx.codes is not None:
-            x, scale, result = ctx.saved_tensors
+            scale, result, *kept = ctx.saved_tensors
+            x = kept[0] if len(kept) == 1 else _made_again(*kept)
+            if result is None:
+                result = forward_in_pieces(x, scale, ctx.codes, ctx.grid[2], ctx.clip)
             found = backward_in_pieces(x, grads[0], scale, result, ctx.codes, ctx.clip, is_zero_wanted)
         else:
             x, scale, zero_point = ctx.saved_tensors
@@ -132,7 +145,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         if ctx.gradient_scale != 1.0:
             by_scale = by_scale * ctx.gradient_scale
             by_zero = None if by_zero is None else by_zero * ctx.gradient_scale
-        return by_x, by_scale, by_zero, None, None, None, None, None
+        return by_x, by_scale, by_zero, *(None,) * 9
 
 
 class _LearnedElements(torch.autograd.Function):
@@ -152,6 +165,12 @@ class _LearnedElements(torch.autograd.Function):
         inside = torch.ops.aten.hardtanh_backward(upstream, quotient, *ctx.elements.edges)
         by_scale = ctx.elements.round_to(quotient).mul_(upstream).addcmul_(inside, quotient, value=-1.0)
         return inside.to(x.dtype), by_scale.sum_to_size(scale.shape) * ctx.gradient_scale, None, None
+
+
+def _made_again(u: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """factor u + offset, along axis 1, laid out like u."""
+    shape = (1, -1, *[1] * (u.dim() - 2))
+    return torch.addcmul(offset.reshape(shape), u, factor.reshape(shape))
 
 
 def _zero(zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor | None:

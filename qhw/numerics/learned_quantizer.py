@@ -44,6 +44,9 @@ class LearnedQuantizer(FakeQuantizer):
         start_scale: float32 [*P]; the scale that training starts from.
         zero_point: float32 [*P], a parameter where it learns; rounded to the nearest code where it is used.
         clip: Real bounds that x is limited to first, in place of a ReLU in front; none at the start.
+        made_of: What the next x is made of, where somebody in front keeps that anyway (`learned_fake_quantize`); taken
+            by the next call of `forward`.
+        keeps_result: Whether what comes out is kept for the gradient: free where its reader keeps it.
 
     Reference:
         Nagel et al., 2021, arXiv:2106.08295, section 4.1, eqs. 38 to 40; Esser et al., 2020, arXiv:1902.08153 (gradient
@@ -70,6 +73,8 @@ class LearnedQuantizer(FakeQuantizer):
         self.learns_zero_point = learn_zero_point and not grid.zero_points
         self.gradient_scale = gradient_scale
         self.clip: Clip = NO_CLIP
+        self.made_of: tuple[Tensor, Tensor, Tensor] | None = None
+        self.keeps_result = True
         self._is_symmetric = grid.zero_point == 0
         self._is_plain = grid.scale_kind == "float32"
         self._scale_bounds = grid.scale_bounds
@@ -133,6 +138,7 @@ class LearnedQuantizer(FakeQuantizer):
         Raises:
             RangeError: the scale does not fit the shape of x.
         """
+        made_of, self.made_of = self.made_of, None
         if not self.enabled:
             return clipped(x, self.clip)
         scale, zero_point = self._broadcast(x, self.scale, self.zero_points())
@@ -146,6 +152,8 @@ class LearnedQuantizer(FakeQuantizer):
             self.gradient_scale,
             self.clip,
             self.elements,
+            made_of,
+            self.keeps_result,
         )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qhw.errors import TrainingError
 from qhw.graph.switching import BatchNorm
-from qhw.numerics import FakeQuantizer
+from qhw.numerics import FakeQuantizer, LearnedQuantizer
 
 __all__ = ["DoubleForward", "KeptNorm", "NormLayer", "OperatorCall", "SyncedBatchNorm", "is_distributed"]
 
@@ -73,6 +73,21 @@ class SyncedBatchNorm(BatchNorm):
         scale = torch.rsqrt(var + self.eps) if self.weight is None else self.weight * torch.rsqrt(var + self.eps)
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return (x * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
+
+    def with_affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In training and alone: the normalized tensor, and what x was multiplied by and what was added: [channels].
+
+        Raises:
+            TrainingError: a batch has one value per channel.
+        """
+        self._check_count(x.numel() // max(x.shape[1], 1))
+        share = self.count_batch()
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
+        normalized, mean, deviation = torch.native_batch_norm(x, *tensors, True, share, self.eps)
+        with torch.no_grad():
+            factor = deviation if self.weight is None else deviation * self.weight
+            offset = -mean * factor if self.bias is None else self.bias - mean * factor
+        return normalized, factor, offset
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel.
@@ -175,9 +190,19 @@ class KeptNorm(NormLayer):
         Nagel et al., 2021, arXiv:2106.08295, section 4.2, eq. 41.
     """
 
+    # A tuple of the quantizer that alone reads the output: no submodule, since it has its own place in the model.
+    reader: tuple[LearnedQuantizer, ...] = ()
+
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The normalized output; `weight` comes quantized."""
-        normalized: Tensor = self.batch_norm(self.call(x, weight))
+        y = self.call(x, weight)
+        norm = self.batch_norm
+        is_plain = norm.training and y.dtype == torch.float32 and norm.weight is not None and norm.bias is not None
+        if not self.reader or not is_plain or is_distributed() or torch.compiler.is_compiling():
+            normalized: Tensor = norm(y)
+            return normalized
+        normalized, factor, offset = norm.with_affine(y)
+        self.reader[0].made_of = (y, factor, offset)
         return normalized
 
 

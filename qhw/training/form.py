@@ -17,7 +17,7 @@ from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale, quantize
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, OperatorCall, SyncedBatchNorm
 from qhw.training.bias import BiasQuantizer
-from qhw.training.fusion import fuse_clips
+from qhw.training.fusion import drop_results, fuse_clips, fuse_norms
 
 __all__ = ["TrainingForm"]
 
@@ -194,6 +194,8 @@ class TrainingForm(Work):
         points = [point for point in self.plan.points if point.group not in paths]
         paths |= insert_modules(graph, points, lambda point: modules.get(point.group))
         fuse_clips(graph)
+        fuse_norms(graph)
+        drop_results(graph)
         return graph.module, paths
 
     def _modules(self) -> dict[str, nn.Module]:

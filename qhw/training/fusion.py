@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips that quantizers do on the way: a ReLU in front of a learning quantizer costs no passes of its own."""
+"""What quantizers do on the way: a ReLU in front costs no passes of its own, a batch norm no memory of its own."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,14 +11,22 @@ from torch import fx
 from qhw.graph import Graph
 from qhw.numerics import LearnedQuantizer
 from qhw.numerics.learned import Clip
+from qhw.training.batch_norm import KeptNorm
 
-__all__ = ["fuse_clips"]
+__all__ = ["drop_results", "fuse_clips", "fuse_norms"]
 
 # With the bounds they have by default. Their gradient is 0 at the bounds, too; that of clamp is not.
 _CLIPS: dict[Any, Clip] = {
     torch.ops.aten.relu.default: (0.0, math.inf),
     torch.ops.aten.relu6.default: (0.0, 6.0),
     torch.ops.aten.hardtanh.default: (-1.0, 1.0),
+}
+# Operators whose gradient does not need what they read.
+_KEEP_NO_INPUT = {
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.cat.default,
 }
 
 
@@ -47,6 +56,42 @@ def fuse_clips(graph: Graph) -> None:
             node.args = (source.args[0],)
             graph.module.graph.erase_node(source)
     graph.refresh()
+
+
+def fuse_norms(graph: Graph) -> None:
+    """Let learning quantizers make the output of a kept batch norm again for their gradient, where they alone read it.
+
+    What the batch norm reads is kept for its own gradient anyway. Call it behind `fuse_clips`.
+
+    Args:
+        graph: With its layers and quantizers; its modules are changed.
+    """
+    nodes = [node for node in graph.module.graph.nodes if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in nodes)
+    for node in nodes:
+        norm, users = graph.module.get_submodule(str(node.target)), list(node.users)
+        if not isinstance(norm, KeptNorm) or len(users) != 1 or users[0].op != "call_module":
+            continue
+        reader = graph.module.get_submodule(str(users[0].target))
+        is_learned = isinstance(reader, LearnedQuantizer) and type(reader).forward is LearnedQuantizer.forward
+        if is_learned and calls[str(users[0].target)] == 1:
+            norm.reader = (reader,)
+
+
+def drop_results(graph: Graph) -> None:
+    """Let learning quantizers compute their result again where no reader keeps it, as sums and means do not.
+
+    Args:
+        graph: With its quantizers; its modules are changed.
+    """
+    readers: dict[str, set[Any]] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "call_module":
+            readers.setdefault(str(node.target), set()).update(user.target for user in node.users)
+    for path, targets in readers.items():
+        module = graph.module.get_submodule(path)
+        if isinstance(module, LearnedQuantizer):
+            module.keeps_result = not targets <= _KEEP_NO_INPUT
 
 
 def _clip_of(call: fx.Node) -> Clip | None:

@@ -84,3 +84,67 @@ def test_a_quantizer_that_looks_at_its_input_keeps_its_relu():
     result.train()
     result(images())
     assert float(result.quantizer("0").low) > -0.05  # the lowest of the ReLU's output is 0, at 0.1 of the average
+
+
+def kept_bytes(result, x):
+    """Bytes that the gradient of one step needs, each storage once."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return result(x).square().sum(), sum(storages.values())
+
+
+def test_the_output_of_a_kept_batch_norm_is_made_again_for_the_gradient_and_nothing_changes(monkeypatch):
+    kept = {"prefer": ["kept_batch_norm"]}
+    remade = trainable(train=kept)
+    monkeypatch.setattr("qhw.training.form.fuse_norms", lambda graph: None)
+    stored = trainable(train=kept)
+    x = images(64)
+    for result in (remade, stored):
+        result.train()
+    (loss, bytes_remade), (expected, bytes_stored) = kept_bytes(remade, x), kept_bytes(stored, x)
+    assert torch.equal(loss, expected)
+    # float32 of 64 images: 8 x 8 x 8 behind two of the layers; the last, 6 x 3 x 3 values, is too small for pieces.
+    assert bytes_stored - bytes_remade > 2 * 4 * 64 * 8 * 8 * 8 * 0.95
+    loss.backward()
+    expected.backward()
+    for (name, mine), (other, theirs) in zip(remade.named_parameters(), stored.named_parameters(), strict=True):
+        assert name == other
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=2e-3)
+    for name, value in remade.state_dict().items():
+        assert torch.equal(value, stored.state_dict()[name]), name
+    assert all(m.made_of is None for m in remade.modules() if isinstance(m, LearnedQuantizer))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        return torch.relu(self.second(y) + y).mean((2, 3))
+
+
+def test_what_only_a_sum_reads_is_computed_again_for_the_gradient_and_nothing_changes(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Residual().eval(), images(64)
+    again = trainable(model)
+    monkeypatch.setattr("qhw.training.form.drop_results", lambda graph: None)
+    kept = trainable(model)
+    (loss, bytes_again), (expected, bytes_kept) = kept_bytes(again, x), kept_bytes(kept, x)
+    assert torch.equal(loss, expected)
+    # float32 of 64 images, 8 x 8 x 8: the second convolution's result; the first one's is kept by the second.
+    assert bytes_kept - bytes_again >= 4 * 64 * 8 * 8 * 8
+    loss.backward()
+    expected.backward()
+    for mine, theirs in zip(again.parameters(), kept.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            assert torch.equal(mine.grad, theirs.grad)
