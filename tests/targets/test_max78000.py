@@ -205,3 +205,11 @@ def test_the_max78002_has_depthwise_and_dilated_layers(targets_root: Path) -> No
         ("groups", 4),
         ("dilation", 16),
     }
+
+
+def test_the_max78002_has_weights_of_one_bit(targets_root: Path) -> None:
+    x = image(4)
+    target = qhw.load_target(targets_root / "analog" / "max78002.toml")
+    result = quantized(Layer(0.3), target, x, formats={"*.weight": "w1"})
+    assert result.codes(result.plan.point("conv.weight")).unique().tolist() == [-1, 1]
+    assert -22 <= exponent(result.encodings()["conv.weight"].scale) <= 8
