@@ -81,7 +81,9 @@ def nearest_row(
     nearest = [(_with_arithmetic(judged, site), site) for judged, site in found if judged.distance == least]
     best, site = min(nearest, key=lambda pair: pair[0].distance)
     ties = tie_findings(site, {name: target.kernels[name] for name in spec.kernels})
-    return Judged(best.kernel, (*best.findings, *ties, *precision_findings(site)), best.passed)
+    is_of_type = all(one.distance < OTHER_TYPE for one in best.findings)
+    widths = precision_findings(site) if is_of_type else ()
+    return Judged(best.kernel, (*best.findings, *ties, *widths), best.passed)
 
 
 def _of_formats(site: Site, kernel: str, at_edge: tuple[str, ...] | None) -> tuple[list[Finding], str | None]:
