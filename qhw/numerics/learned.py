@@ -87,8 +87,9 @@ def learned_fake_quantize(
         return of_elements
     if clip != NO_CLIP and not (clip[0] <= 0.0 <= clip[1] and fits_pieces(x, scale, quant_min, quant_max)):
         x, clip = clipped(x, clip), NO_CLIP
+    source = made_of or (None, None, None)
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
-        x, scale, zero_point, quant_min, quant_max, rounding, gradient_scale, clip, keeps_result, *(made_of or (None,) * 3)
+        x, scale, zero_point, quant_min, quant_max, rounding, gradient_scale, clip, keeps_result, *source
     )
     return result
 
