@@ -73,8 +73,9 @@ def fuse_norms(graph: Graph) -> None:
         if not isinstance(norm, KeptNorm) or len(users) != 1 or users[0].op != "call_module":
             continue
         reader = graph.module.get_submodule(str(users[0].target))
-        is_learned = isinstance(reader, LearnedQuantizer) and type(reader).forward is LearnedQuantizer.forward
-        if is_learned and calls[str(users[0].target)] == 1:
+        if not isinstance(reader, LearnedQuantizer) or type(reader).forward is not LearnedQuantizer.forward:
+            continue
+        if calls[str(users[0].target)] == 1:
             norm.reader = (reader,)
 
 
