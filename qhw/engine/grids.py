@@ -41,6 +41,8 @@ def grid_with(target: TargetSpec, name: str, elements: ElementSet | None) -> Gri
     if low is None or high is None:  # excluded by unplannable_reason; said again for the type checker
         raise PlanError(f"{target.name}: formats.{name}.codes: not known.")
     scale = spec.scale if isinstance(spec.scale, ScaleSpec) else ScaleSpec()
+    if spec.scale is None and elements is not None and elements.is_absolute:
+        scale = ScaleSpec(kind="fixed", values=(1.0,))
     kind: ScaleKind = scale.kind if scale.kind not in ("fixed_point", "unknown") else "float32"
     return Grid(
         quant_min=low,
@@ -58,7 +60,7 @@ def grid_with(target: TargetSpec, name: str, elements: ElementSet | None) -> Gri
 
 def granularity_of(spec: Format, point: QuantPoint) -> Granularity:
     """Which elements of a point's tensor share a scale."""
-    if point.role != "weight" or spec.per == "tensor" or point.axis is None:
+    if point.role != "weight" or spec.shared_per == "tensor" or point.axis is None:
         return PerTensor()
     if spec.per == "group":
         size = point.group_size or (spec.group_size if isinstance(spec.group_size, int) else max(_sizes(spec)))

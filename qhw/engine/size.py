@@ -34,10 +34,13 @@ def quantized_bytes(result: QuantizedModel) -> int:
             tensor = graph.tensor(point.tensor)
             quantized.add(id(tensor))
             bits += tensor.numel() * qparams.bits
+            bits += 0 if qparams.elements is None else qparams.elements.beside_bits
         if point.role == "bias" or point.fixed is not None or point.is_dynamic or point.group in scaled:
             continue  # a bias scale is the product of two that are stored, others are wired in or computed
         scaled.add(point.group)
         spec = result.target.formats[point.format]
+        if spec.scale is None and qparams.elements is not None and qparams.elements.is_absolute:
+            continue
         kind = spec.scale.kind if isinstance(spec.scale, Scale) else "float32"
         per_scale = 8 * _SCALE_BYTES.get(kind, 4) + (0 if spec.is_symmetric else qparams.bits)
         bits += qparams.scale.numel() * per_scale

@@ -3,6 +3,7 @@
 
 from qhw.numerics.accumulator import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.affine import affine_qparams, qparams_from_range, symmetric_qparams
+from qhw.numerics.clusters import cluster_rows
 from qhw.numerics.dynamic_quantizer import DynamicQuantizer
 from qhw.numerics.elements import ElementSet, ListedElements
 from qhw.numerics.fake_quantizer import FakeQuantizer
@@ -16,6 +17,7 @@ from qhw.numerics.learned_quantizer import LearnedQuantizer, ScaleDomain
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.pairwise import Operands, multiplied_offset, multiplied_range, pair_sums
+from qhw.numerics.palette import PaletteElements
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, fake_quantize_broadcast, quantize
 from qhw.numerics.range_loss import cross_entropy_qparams
@@ -39,6 +41,7 @@ __all__ = [
     "MinMax",
     "MinMaxSeries",
     "Operands",
+    "PaletteElements",
     "PerAxis",
     "PerGroup",
     "PerTensor",
@@ -48,6 +51,7 @@ __all__ = [
     "accumulator_bits_needed",
     "accumulator_bounds",
     "affine_qparams",
+    "cluster_rows",
     "code_dtype",
     "cross_entropy_qparams",
     "dequantize",

@@ -53,6 +53,16 @@ class ElementSet(ABC):
         return 0, 2**self.bits - 1
 
     @property
+    def beside_bits(self) -> int:
+        """Bits that are stored once for the tensor, beside its codes and scales: a look-up table."""
+        return 0
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether elements are the reals themselves, so that the scale is 1 where a format states none."""
+        return False
+
+    @property
     def has_zero(self) -> bool:
         """Whether 0.0 is an element."""
         return True

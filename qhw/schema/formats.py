@@ -162,6 +162,13 @@ class Format(Table):
         return self.kind in (INTEGER, UNKNOWN) and self.code_set is None
 
     @property
+    def shared_per(self) -> str | None:
+        """`per`; of palettes, whose scales follow from the palette where `per` is absent."""
+        if self.kind == "palette" and self.per is None:
+            return self._palette_per(getattr(self.palette, "channel_scale", None) is True)
+        return self.per
+
+    @property
     def is_dynamic(self) -> bool:
         """True where scales are computed from live data at run time."""
         return isinstance(self.scale, Scale) and self.scale.dynamic is True
@@ -277,10 +284,18 @@ class Format(Table):
             yield Problem(("palette",), f'needs kind = "palette"; kind is "{self.kind}". Remove it, or change kind.')
         if self.parameters is not None and self.kind in (INTEGER, "float", "palette"):
             yield Problem(("parameters",), f'kind = "{self.kind}" takes none. Remove them, or name a plugin\'s kind.')
+        is_scaled = getattr(self.palette, "channel_scale", None)
+        if self.per is not None and isinstance(is_scaled, bool) and self.per != self._palette_per(is_scaled):
+            text = f'is "{self.per}", and palette.channel_scale is {str(is_scaled).lower()}. Leave one of them out.'
+            yield Problem(("per",), text)
         yield from self._float_rules()
         for name in ("codes", "code_set"):
             if getattr(self, name) is not None and self.kind == "float":
                 yield Problem((name,), 'a float format has no integer codes. Remove it, or use kind = "integer".')
+
+    @staticmethod
+    def _palette_per(is_scaled: bool) -> str:
+        return "out_channel" if is_scaled else "tensor"
 
     def _float_rules(self) -> Iterator[Problem]:
         """The width is that of the fields, and the largest value is one of the format's."""
