@@ -248,7 +248,11 @@ def _why(name: str, limit: LimitRange) -> str:
 
 
 def _of_fixed_output(spec: TargetSpec, kind: str, operator: Operator) -> Iterator[Remark]:
+    rows = operator.kernels if isinstance(operator.kernels, tuple) else ()
+    given = {name for row in rows for name in spec.kernels[row].output or () if spec.kernels[row].output != UNKNOWN}
     for name, fixed in operator.fixed_output.items() if isinstance(operator.fixed_output, dict) else ():
+        if name not in given:
+            continue  # said, where it can be reached at all, by what looks for the unreachable
         form = spec.formats[name]
         path: Path = ("operators", kind, "fixed_output", name)
         if isinstance(fixed.scale, float) and not is_legal_scale(form, fixed.scale):

@@ -346,6 +346,18 @@ def test_what_a_base_wrote_for_its_own_formats_is_not_remarked(tmp_path: Path) -
     assert warned("operators.Add.preshift_bits = { a8 = 19 }\n") == ["operators.Add.preshift_bits.a8"]
 
 
+def test_a_fixed_output_that_nothing_gives_any_more_is_no_contradiction(tmp_path: Path) -> None:
+    """Of a format whose scales a child restricts, while it takes the operator's kernels away."""
+    (tmp_path / "base.toml").write_text(WHOLE)
+    child = (
+        'schema_version = 1\nname = "acme/child"\nextends = "base.toml"\nformats.a8.scale = { exponent_max = -8 }\n'
+        "operators.Softmax = { kernels = KERNELS }\n"
+    )
+    for kernels, expected in (('["two"]', ["operators.Softmax.fixed_output.a8.scale"]), ("[]", [])):
+        spec = parse_target(child.replace("KERNELS", kernels), folder=tmp_path)
+        assert [found.path for found in lint(spec) if "no legal scale" in found.message] == expected
+
+
 def test_a_reading_that_a_child_replaces_is_no_contradiction(tmp_path: Path) -> None:
     old, new, _ = CASES["choice that the field does not follow"]
     (tmp_path / "base.toml").write_text(WHOLE.replace(old, new, 1).replace("chosen = 40", "chosen = 32"))
