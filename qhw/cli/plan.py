@@ -49,6 +49,7 @@ def plan(
     import qhw
     from qhw.cli.show_plan import show_plan
     from qhw.cli.sources import load_calibration, load_model
+    from qhw.roofline import estimate
 
     spec = qhw.load_target(target)
     graph = load_model(model)
@@ -61,7 +62,7 @@ def plan(
         print(made.to_json(), end="")
     else:
         _warn_unsavable(graph)
-        show_plan(made, spec, model, None if data is None else data.num_samples)
+        show_plan(made, spec, model, None if data is None else data.num_samples, estimate(graph, made, spec))
 
 
 def _warn_unsavable(graph: "Graph") -> None:

@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from qhw.cli.console import heading, paragraph
+from qhw.cli.figures import cycles_words, seconds_words
 from qhw.cli.words import accumulator_words, format_words, share_words
 from qhw.decisions import QuantPlan, Reason
 from qhw.graph import QuantPoint
+from qhw.roofline import CostReport
 from qhw.schema import TargetSpec
 from qhw.wording import counted, listed
 
@@ -17,7 +19,9 @@ _ALGORITHM = 24  # the longest name that does not get a line of its own
 _WHY = 18 + _ALGORITHM + 2
 
 
-def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | None = None) -> None:
+def show_plan(
+    plan: QuantPlan, target: TargetSpec, model: str, samples: int | None = None, cost: CostReport | None = None
+) -> None:
     """Print a plan: what runs where, in which formats, which algorithms and why, what was refused, what is unknown.
 
     Args:
@@ -25,6 +29,7 @@ def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | No
         target: Its target.
         model: What the command line calls the model.
         samples: Number of calibration samples, where known.
+        cost: What it is estimated to cost; shown where the target has figures for it.
     """
     data = "calibration data" if plan.resources.calibration else "no data"
     data += "" if samples is None else f" ({counted(samples, 'sample')})"
@@ -32,6 +37,8 @@ def show_plan(plan: QuantPlan, target: TargetSpec, model: str, samples: int | No
     heading(f"{plan.target} · {model} · pipeline {plan.pipeline} · {data}{labels}")
     print()
     _show_placement(plan, target)
+    if cost is not None and (cost.cycles.at_least or cost.seconds.at_least):
+        paragraph("Estimated", f"{cycles_words(cost.cycles)} cycles, {seconds_words(cost.seconds)} a sample   qhw cost")
     print()
     heading(f"{'Stage':<18}{'Algorithm':<{_ALGORITHM + 2}}Why")
     for step in plan.steps:

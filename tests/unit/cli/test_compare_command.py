@@ -138,6 +138,12 @@ def test_cost_of_a_plan_and_of_a_result_is_that_of_the_target(qhw_run: Run, targ
     assert json.loads(qhw_run("cost", "out", "--json").out)["cycles"] == wanted["cycles"]
 
 
+def test_a_plan_shows_its_cost_where_the_target_has_figures(qhw_run: Run, targets: str) -> None:
+    wanted = "Estimated             5.24 k cycles, 5.24 ms a sample   qhw cost"
+    assert wanted in qhw_run("plan", "net:model", "--target", "fast.toml").out.splitlines()
+    assert "Estimated" not in qhw_run("plan", "net:model", "--target", "tiny.toml").out
+
+
 def test_cost_needs_a_target_and_a_clock_that_is_there(qhw_run: Run, targets: str) -> None:
     ran = qhw_run("cost", "net:model")
     assert (ran.status, ran.err[:43]) == (1, "error: --target: needed for a float model. ")

@@ -250,6 +250,13 @@ def test_a_base_cannot_lead_out_either(folders: Path) -> None:
         load_target_file(path)
 
 
+def test_a_file_of_10_mb_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "large.toml"
+    path.write_bytes(b"# " + b"x" * 10_000_000)
+    with soon(), pytest.raises(TargetError, match=r"large\.toml: must be at most 1048576 bytes\. A target is text"):
+        load_target_file(path)
+
+
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
     (tmp_path / "zero.toml").symlink_to("/dev/zero")
