@@ -61,7 +61,12 @@ class RequantizationFit(Algorithm):
         sites = [
             Site(name=placement.name, verdict=_verdict(placement, biased.get(placement.name), target))
             for placement in points.operators
-            if placement.kernel is not None and (is_requantized(placement.kind) or placement.name in biased)
+            if placement.kernel is not None
+            and (
+                is_requantized(placement.kind)
+                or placement.name in biased
+                or isinstance(target.kernels[placement.kernel].exponents, tuple)
+            )
         ]
         if not sites:
             reason = Reason(subject="graph.operators", value=0, rule="no operator on the accelerator is requantized")
