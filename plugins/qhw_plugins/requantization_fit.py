@@ -13,9 +13,8 @@ from qhw.engine import is_bounded_bias, weight_scale_floor
 from qhw.errors import RangeError
 from qhw.extension import Algorithm, PluginInfo, hookimpl
 from qhw.graph import Graph, OperatorPlacement, Placement, QuantPoint, accumulator_width
-from qhw.numerics import Grid, QParams, fake_quantize, legal_scale
+from qhw.numerics import Grid, LegalRatios, QParams, fake_quantize, legal_scale
 from qhw.schema import TargetSpec
-from qhw_plugins.legal_ratios import LegalRatios
 from qhw_plugins.scale_relations import (
     MULTIPLIER,
     Relation,

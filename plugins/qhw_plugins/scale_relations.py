@@ -11,10 +11,19 @@ from torch import Tensor
 
 from qhw.engine import MatrixForm
 from qhw.graph import WEIGHTED_KINDS, Graph, Operator, OperatorPlacement
-from qhw.numerics import PerGroup, QParams, accumulator_bounds, expand, quantize
+from qhw.numerics import (
+    LARGEST_FLOAT,
+    SMALLEST_NORMAL,
+    LegalRatios,
+    PerGroup,
+    QParams,
+    accumulator_bounds,
+    expand,
+    legal_ratios,
+    quantize,
+)
 from qhw.schema import Approximation, ExponentBound, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
-from qhw_plugins.legal_ratios import LARGEST_FLOAT, SMALLEST_NORMAL, LegalRatios, legal_ratios
 
 MULTIPLIER = "its multiplier"
 _AVERAGES = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")

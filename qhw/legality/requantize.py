@@ -11,7 +11,7 @@ from qhw.legality.finding import Finding, unknown
 from qhw.legality.ratios import Ratio, ratios
 from qhw.legality.scales import is_power_of_two
 from qhw.legality.site import Site
-from qhw.numerics.legal_ratios import LegalRatios, legal_ratios
+from qhw.numerics import LegalRatios, legal_ratios
 from qhw.schema import WEIGHTED_KINDS, Requantize
 
 __all__ = ["requantize_findings"]

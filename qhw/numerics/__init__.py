@@ -14,6 +14,7 @@ from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, 
 from qhw.numerics.grid import Grid, legal_scale, scale_candidates
 from qhw.numerics.learned import learned_fake_quantize
 from qhw.numerics.learned_quantizer import LearnedQuantizer, ScaleDomain
+from qhw.numerics.legal_ratios import LARGEST_FLOAT, SMALLEST_NORMAL, LegalRatios, legal_ratios
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.pairwise import Operands, multiplied_offset, multiplied_range, pair_sums
@@ -26,7 +27,9 @@ from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_ri
 from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_range_of, running_average
 
 __all__ = [
+    "LARGEST_FLOAT",
     "ROUNDING_RULES",
+    "SMALLEST_NORMAL",
     "ChannelNormal",
     "DynamicQuantizer",
     "ElementSet",
@@ -37,6 +40,7 @@ __all__ = [
     "Grid",
     "Histogram",
     "LearnedQuantizer",
+    "LegalRatios",
     "ListedElements",
     "MinMax",
     "MinMaxSeries",
@@ -61,6 +65,7 @@ __all__ = [
     "fixed_point_multiplier",
     "fma_float32",
     "learned_fake_quantize",
+    "legal_ratios",
     "legal_scale",
     "mse_qparams_from_histogram",
     "mse_qparams_from_tensor",

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qhw.numerics import LegalRatios, legal_ratios
 from qhw.schema import Requantize
-from qhw_plugins.legal_ratios import LegalRatios, legal_ratios
 
 
 def made(**fields: Any) -> LegalRatios | None:
