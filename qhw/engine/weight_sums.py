@@ -36,7 +36,7 @@ def weight_sum_limit(work: Work, operator: str) -> int | None:
         return None
     x = work.qparams[point.group]
     reach = max(x.quant_max - int(x.zero_point), int(x.zero_point) - x.quant_min)
-    return (2 ** (bits - 1) - 1) // max(reach, 1)
+    return int((2 ** (bits - 1) - 1) // max(reach, 1))
 
 
 def check_weight_sums(work: Work) -> None:

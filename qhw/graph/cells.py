@@ -93,23 +93,26 @@ def _hosted_views(graph: Graph, target: TargetSpec, absorbed: Collection[str]) -
     """Views that the target does not have, or not in this shape: the host computes them, as any other operator."""
     found: dict[str, Reason] = {}
     for operator in graph.operators:
-        if not operator.is_view or operator.name in absorbed or operator.kind in ("Dropout", "Identity"):
-            if operator.kind == "Identity" and operator.inputs[0] in found:
-                source = graph.operator(operator.inputs[0])
-                if source.kind == "Split":
-                    found[operator.name] = ("graph", f"a part of '{source.name}', which the host splits")
+        if not operator.is_view or operator.name in absorbed or operator.kind == "Dropout":
             continue
-        spec, path = target.operators.get(operator.kind), f"operators.{operator.kind}"
-        broken = None if spec is None else violated_limit(operator, spec.limits)
-        if spec is not None and spec.kernels == ():
-            found[operator.name] = (f"{path}.kernels", "the target lists no kernel for it")
-        elif broken is not None:
-            found[operator.name] = (f"{path}.limits.{broken[0]}", f"{broken[0]} {broken[1]} is outside the limit")
-        else:
-            limit = violated_network_limit(graph, target, operator)
-            if limit is not None:
-                found[operator.name] = limit
+        reason = _hosted_view(graph, target, operator)
+        source = operator.inputs[0]
+        if operator.kind == "Identity":
+            is_part = source in found and graph.operator(source).kind == "Split"
+            reason = ("graph", f"a part of '{source}', which the host splits") if is_part else None
+        if reason is not None:
+            found[operator.name] = reason
     return found
+
+
+def _hosted_view(graph: Graph, target: TargetSpec, operator: Operator) -> Reason | None:
+    spec, path = target.operators.get(operator.kind), f"operators.{operator.kind}"
+    if spec is not None and spec.kernels == ():
+        return (f"{path}.kernels", "the target lists no kernel for it")
+    broken = None if spec is None else violated_limit(operator, spec.limits)
+    if broken is not None:
+        return (f"{path}.limits.{broken[0]}", f"{broken[0]} {broken[1]} is outside the limit")
+    return violated_network_limit(graph, target, operator)
 
 
 def _connected(cells: list[Cell]) -> tuple[Cell, ...]:

@@ -84,6 +84,26 @@ def test_a_kernel_that_says_all_leaves_nothing_open(notes: Notes) -> None:
             "formats.a8.scale.min",
             "unknown in this target: scales are not held to it",
         ),
+        (
+            (full('acc"', 'acc", weight_abs_sum_max = "unknown"'),),
+            "kernels.mac.weight_abs_sum_max",
+            "unknown in this target: sums of weights are not held to it",
+        ),
+        (
+            (full(), ("b = { bits = 32, scale", 'b = { zero_point = "unknown", bits = 32, scale')),
+            "biases.b.zero_point",
+            "unknown in this target: its zero point is simulated as 0",
+        ),
+        (
+            (full(), ("fallback", 'network.max_weight_bytes = "unknown"\nfallback')),
+            "network.max_weight_bytes",
+            "unknown in this target: the model is not held to it",
+        ),
+        (
+            (full(), ("fallback", 'boundary.input_formats = "unknown"\nfallback')),
+            "boundary.input_formats",
+            "unknown in this target: the model is not held to it",
+        ),
     ],
 )
 def test_an_open_fact_is_said_once(
