@@ -128,8 +128,8 @@ def _number(entry: Mapping[str, Any], key: str, where: str, default: Any = None)
 
 def _numbers(entry: Mapping[str, Any], key: str, where: str) -> list[float]:
     value = entry.get(key)
-    listed = value if isinstance(value, list) else [value]
-    flat = np.asarray(listed, dtype=object).reshape(-1).tolist() if _is_even(listed) else listed
+    listed: list[Any] = value if isinstance(value, list) else [value]
+    flat: list[Any] = np.asarray(listed, dtype=object).reshape(-1).tolist() if _is_even(listed) else listed
     for item in flat:
         if isinstance(item, bool) or not isinstance(item, int | float) or not abs(item) <= 2**62:
             raise ArtefactError(f"{where}: {key} must be numbers; got {str(item)[:40]!r}. Export the encodings again.")

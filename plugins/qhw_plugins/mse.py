@@ -11,7 +11,14 @@ from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
+from qhw_plugins.sites import (
+    DATA_GIVEN,
+    activation_sites,
+    all_sites,
+    needs_calibration,
+    ranged_weight_sites,
+    scale_reasons,
+)
 
 _LEAST = "the {value} scale with the smallest squared error"
 
@@ -59,7 +66,7 @@ class MseWeights(Algorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weight points."""
-        names = weight_sites(points)
+        names = ranged_weight_sites(points, target)
         return all_sites(names, scale_reasons(points, target, names, _LEAST))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

@@ -307,14 +307,14 @@ class OnnxArtefact:
             name = names[value] if value < len(names) else ""
             if not name:
                 continue
-            kind = self._constants.integer_type(names[zero] if zero < len(names) else "") or (
+            stored = self._constants.integer_type(names[zero] if zero < len(names) else "") or (
                 self._constants.integer_type(name) or UINT8
             )
             scale_name = names[scale] if scale is not None and scale < len(names) else ""
             zero_name = names[zero] if zero < len(names) else ""
             shape = self._constants.shape(name) if name in self._constants else None
             axis = form.weight_axis(shape, given)
-            encoding = self._constants.encoding(scale_name, zero_name, kind, axis=axis, shape=shape)
+            encoding = self._constants.encoding(scale_name, zero_name, stored, axis=axis, shape=shape)
             if name in self._data:
                 inputs.append(Use(self._root.get(name, name), encoding, self._shapes.get(name)))
                 if name not in self._grid:
@@ -339,7 +339,7 @@ class OnnxArtefact:
         x, w = inputs[0].encoding if inputs else None, weight.encoding
         if name not in self._constants or x is None or w is None or x.is_dynamic or w.is_dynamic:
             return Constant(name)
-        scale = np.float32(x.scale) * np.float32(w.scale)
+        scale = np.asarray(x.scale, np.float32) * np.asarray(w.scale, np.float32)
         where = self._constants.where(name)
         encoding = encoding_of(where, scale, 0, bits=32, signed=True, axis=0, type="int32")
         return self._constants.dequantized(name, encoding, name)

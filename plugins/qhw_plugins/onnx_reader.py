@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from qhw.errors import ArtefactError
 from qhw.extension import ArtefactReader, PluginInfo, hookimpl

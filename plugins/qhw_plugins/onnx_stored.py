@@ -51,7 +51,7 @@ def float_bits(data_type: int) -> tuple[str, int] | None:
 
 def type_name(data_type: int) -> str:
     """What messages call a type."""
-    names = {number: name for name, number in TensorProto.DataType.items()}
+    names: dict[int, str] = {number: name for name, number in TensorProto.DataType.items()}
     return names.get(data_type, f"type {data_type}").lower()
 
 

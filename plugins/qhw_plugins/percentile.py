@@ -12,7 +12,14 @@ from qhw.extension import Algorithm, AlgorithmOptions, PluginInfo, hookimpl
 from qhw.graph import Graph, Placement
 from qhw.numerics import Histogram, percentile_range_of, qparams_from_range, range_of
 from qhw.schema import TargetSpec
-from qhw_plugins.sites import DATA_GIVEN, activation_sites, all_sites, needs_calibration, scale_reasons, weight_sites
+from qhw_plugins.sites import (
+    DATA_GIVEN,
+    activation_sites,
+    all_sites,
+    needs_calibration,
+    ranged_weight_sites,
+    scale_reasons,
+)
 
 _COVER = "the finest {value} scale that covers all but the outermost values"
 
@@ -49,7 +56,7 @@ class PercentileWeights(Algorithm):
 
     def survey(self, graph: Graph, points: Placement, target: TargetSpec, resources: Resources) -> Survey:
         """All weight points."""
-        names = weight_sites(points)
+        names = ranged_weight_sites(points, target)
         return all_sites(names, scale_reasons(points, target, names, _COVER))
 
     def apply(self, work: Any, step: Step, context: Any) -> StepReport:

@@ -14,6 +14,12 @@ def weight_sites(points: Placement) -> tuple[str, ...]:
     return tuple(dict.fromkeys(point.group for point in points.points if point.role == "weight"))
 
 
+def ranged_weight_sites(points: Placement, target: TargetSpec) -> tuple[str, ...]:
+    """Groups of weight points that a range decides, in order: all but palettes, whose entries are chosen themselves."""
+    weights = (point for point in points.points if point.role == "weight")
+    return tuple(dict.fromkeys(p.group for p in weights if target.formats[p.format].kind != "palette"))
+
+
 def activation_sites(points: Placement) -> tuple[str, ...]:
     """Groups of activation points whose qparams the hardware leaves open, and does not compute itself, in order."""
     fixed = {point.group for point in points.points if point.fixed is not None or point.is_dynamic}

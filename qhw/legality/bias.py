@@ -2,8 +2,10 @@
 """Clauses on biases: whether one can be added, its width, its scale."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qhw.legality.artefact import Constant, Encoding
 from qhw.legality.finding import Finding, unknown
@@ -87,7 +89,7 @@ def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) ->
             yield Finding(f"{path}.per", 'must be "tensor"', f"{e.scale.size} scales", "Use one scale.", bias.name)
         if rule.align == "shift" and unit is not None and rule.applied != "after_multiplier":
             ratio = e.scale / unit
-            legal = is_power_of_two(np.float32(ratio).astype(np.float64)) & (ratio >= 1 - _TOLERANCE)
+            legal = is_power_of_two(np.asarray(ratio, np.float32).astype(np.float64)) & (ratio >= 1 - _TOLERANCE)
             if not bool(legal.all()):
                 must = "must be input scale times weight scale, shifted left"
                 got = f"{float(np.atleast_1d(ratio)[np.atleast_1d(~legal)][0]):.9g} times that"
@@ -110,7 +112,7 @@ def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) ->
         yield Finding(f"{path}.scale", 'must be "input*weight"', got + more, fix, bias.name)
 
 
-def _unit(site: Site) -> "np.ndarray | None":
+def _unit(site: Site) -> NDArray[Any] | None:
     """Input scale times weight scale per output channel, as float32 has it; None where one is not known."""
     x = site.inputs[0].encoding if site.inputs else None
     w = site.weight.encoding if site.weight is not None else None
@@ -118,4 +120,8 @@ def _unit(site: Site) -> "np.ndarray | None":
         return None  # scales along another axis are no scales of output channels
     if x is None or w is None or x.is_dynamic or w.is_dynamic or x.scale.ndim or w.scale.ndim > 1:
         return None
-    return site.per_channel(np.float32(x.scale).astype(np.float64) * np.float32(w.scale).astype(np.float64))
+    return site.per_channel(_as_float32(x) * _as_float32(w))
+
+
+def _as_float32(e: Encoding) -> NDArray[np.float64]:
+    return np.asarray(np.asarray(e.scale, np.float32), np.float64)

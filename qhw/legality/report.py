@@ -129,6 +129,6 @@ class CheckReport:
 
     def to_json(self) -> str:
         """All of it as JSON text; the same report gives the same bytes."""
-        counts = {status: self.count(status) for status in ("legal", "illegal", "host", "unjudged")}  # type: ignore[arg-type]
+        counts = {status: self.count(status) for status in ("legal", "illegal", "host", "unjudged")}
         data = {"is_legal": self.is_legal, "summary": self.summary, "counts": counts, **asdict(self)}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -40,7 +40,7 @@ def scale_findings(path: str, spec: Scale | str | None, scale: Numbers) -> Itera
 
 def is_power_of_two(scale: Numbers) -> NDArray[np.bool_]:
     """Which scales are 2^e, exactly."""
-    return np.frexp(scale)[0] == 0.5
+    return np.asarray(np.frexp(scale)[0] == 0.5)
 
 
 def _kind_findings(path: str, spec: Scale, scale: Numbers) -> Iterator[Finding]:
@@ -49,7 +49,7 @@ def _kind_findings(path: str, spec: Scale, scale: Numbers) -> Iterator[Finding]:
         if not isinstance(spec.values, tuple):
             yield unknown(f"{path}.values")
             return
-        allowed = np.float32(spec.values)
+        allowed = np.asarray(spec.values, np.float32)
         legal = np.isin(np.float32(scale), allowed)
         listed = ", ".join(f"{value:.9g}" for value in spec.values[:6])
         must = f"must be {listed}" if len(spec.values) == 1 else f"must be one of {listed}"
@@ -78,7 +78,7 @@ def _bound_findings(path: str, spec: Scale, scale: Numbers) -> Iterator[Finding]
             yield unknown(f"{path}.{field}")
         elif isinstance(bound, float):
             # A bound that float32 cannot hold is met by the float32 next to it.
-            legal = holds(np.float32(scale), np.float32(bound))
+            legal = holds(scale.astype(np.float32), float(np.float32(bound)))
             if not bool(legal.all()):
                 fix = "Choose a coarser scale." if field == "min" else "Choose a finer scale, and let values saturate."
                 yield _broken(f"{path}.{field}", f"must be {words} {bound:.9g}", scale, legal, fix)
