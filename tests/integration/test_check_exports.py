@@ -123,3 +123,15 @@ def test_zero_points_of_it_are_illegal_where_all_must_be_0(tmp_path: Path) -> No
     found = {(one.node, one.clause) for one in held(path, "espressif/esp32-p4").violations}
     assert ("conv", "formats.s8.zero_point") in found
     assert not any(clause.startswith("formats.w8t.zero_point") for _, clause in found)
+
+
+@pytest.mark.parametrize("line", ["3 operators judged: 0 legal, 3 illegal", "14 violations of 3 clauses"])
+def test_the_page_shows_what_the_command_finds(line: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs/check.md").read_text(encoding="utf-8")
+    assert line in page
+    path = quantized_by_onnxruntime(tmp_path, activations="s8", per_channel=True)
+    report = held(path, "espressif/esp32-p4")
+    clauses = {one.clause for one in report.violations}
+    assert line in (f"{len(report.violations)} violations of {len(clauses)} clauses", report.summary[: len(line)])
+    assert all(f"\n{clause}  " in page for clause in clauses)
+    assert all(f"\n  {one.clause} " in page for one in report.unjudged)

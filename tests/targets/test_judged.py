@@ -235,3 +235,34 @@ def test_most_targets_have_such_an_operator() -> None:
     targets = [load_target_file(file, find_base=lambda name: ROOT / f"{name}.toml") for file in FILES]
     without = [target.name for target in targets if chosen(target) is None]
     assert len(without) <= len(targets) // 5, without
+
+
+def small_float(spec: Format) -> Encoding | None:
+    """A grid of a small float format with one scale of 2^-6; None for any other format."""
+    if spec.kind != "float" or spec.element_bits != 8 or spec.per != "tensor":
+        return None
+    name = f"float8e{spec.exponent_bits}m{spec.mantissa_bits}fn"
+    scale, zero = np.asarray(2.0**-6), np.zeros((), np.int64)
+    return Encoding(scale, zero, 0, 0, 8, True, type=name, is_float=True)
+
+
+@pytest.mark.parametrize("name", ["intel/gaudi3", "nvidia/tensorrt-fp8"])
+def test_a_kernel_of_small_floats_takes_these_and_no_integers(name: str) -> None:
+    """e4m3 in and e4m3 weights, real numbers out; int8 in their place, or the other float, is illegal."""
+    target = load_target_file(ROOT / f"{name}.toml", find_base=lambda base: ROOT / f"{base}.toml")
+    row = target.kernels["mac"]
+    assert isinstance(row.input, tuple) and isinstance(row.weight, tuple)
+    grids = [e for names in (row.input, row.weight) for f in names if (e := small_float(target.formats[f])) is not None]
+    x, w = grids[0], grids[-1]
+    facts = {"in_channels": 16, "out_channels": CHANNELS, "reduced_elements": 16, "rank": 2, "inputs": 1}
+    weight = Constant("w", (CHANNELS, 16), w)
+    layer = ArtefactOperator(
+        "layer", "Gemm", "Gemm", (Use("x", x),), Use("y"), weight, weight_axis=0, input_axis=1, attributes=facts
+    )
+    assert [one.message for one in report(target, layer).violations] == []
+    integer = Encoding(x.scale, x.zero_point, -128, 127, 8, True, type="int8")
+    broken = report(target, replace(layer, inputs=(Use("x", integer),)))
+    assert {one.clause for one in broken.violations} == {"kernels.mac.input"}
+    other = replace(w, type="float8e5m2")
+    broken = report(target, replace(layer, weight=replace(weight, encoding=other)))
+    assert {one.clause for one in broken.violations} == {"kernels.mac.weight"}
