@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,8 @@ from qhw.graph.forms import DTYPES
 from qhw.schema import TargetSpec, load_target_file
 
 __all__ = ["export", "exporter_for", "graph_of", "load", "load_target", "plan", "quantize", "save", "target_of"]
+
+_log = logging.getLogger("qhw")
 
 Model = nn.Module | Graph
 """A module, or what `qhw.capture` made of it (capturing is then paid once)."""
@@ -180,7 +183,7 @@ def save(
     *,
     artefact: bool = True,
     samples: bool = True,
-    evaluate_artefact: Callable[[Path], Any] | None = None,
+    evaluate_artefact: Callable[[Path | None], Any] | None = None,
     registry: Registry | None = None,
 ) -> Path:
     """Write a result folder: plan, target, graph, tensors, step reports and the artefact; whole or not at all.
@@ -188,25 +191,47 @@ def save(
     Args:
         result: The quantized model.
         folder: Where. An earlier result there is replaced; a folder with other content is refused.
-        artefact: Also export, into `artefacts/`.
+        artefact: Also export, into `artefacts/`. Where the target names no exporter and no portable form holds the
+            result, there is none, and the log says why.
         samples: Also keep the first calibration samples, at most 8, which `verify` runs by default.
-        evaluate_artefact: Called with the artefact before the folder is put in place; what it returns is written to
-            `evaluation.json`.
+        evaluate_artefact: Called with the artefact, or None where there is none, before the folder is put in place;
+            what it returns is written to `evaluation.json`.
         registry: Plugins to use; absent: all that are installed.
 
     Raises:
         ResultError: the place is taken or cannot be written.
-        ExportError: the artefact's form cannot hold the result.
+        ExportError: the target's own exporter cannot hold the result.
     """
 
     def write_more(inside: Path) -> None:
-        if artefact:
-            files = export(result, inside / "artefacts", registry=registry)
-            if evaluate_artefact is not None:
-                scores = json.dumps(evaluate_artefact(files[0]), indent=1)
-                (inside / "evaluation.json").write_text(scores + "\n", encoding="utf-8")
+        if not artefact:
+            return
+        missing = _without_artefact(result, registry)
+        if missing is not None:
+            _log.warning("warning: no artefact: %s", missing)
+        path = export(result, inside / "artefacts", registry=registry)[0] if missing is None else None
+        if evaluate_artefact is not None:
+            scores = json.dumps(evaluate_artefact(path), indent=1)
+            (inside / "evaluation.json").write_text(scores + "\n", encoding="utf-8")
 
     return save_result(result, Path(folder), write_more, keep_samples=samples)
+
+
+def _without_artefact(result: QuantizedModel, registry: Registry | None) -> str | None:
+    """Why a target that names no exporter gets no artefact; None where it gets one."""
+    own = result.target.artefact.exporter if result.target.artefact is not None else None
+    if own is not None:
+        return None
+    registry = registry or default_registry()
+    try:
+        portable = exporter_for(result.target, registry=registry)
+    except ExportError as error:
+        return str(error)
+    with blaming(registry.exporters[portable.name].record, f"exporter '{portable.name}': check"):
+        problems = portable.check(result)
+    if not problems:
+        return None
+    return f"'{result.target.name}' names no exporter, and '{portable.name}' cannot hold the result: {problems[0]}"
 
 
 def load(folder: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:

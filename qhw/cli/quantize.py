@@ -105,7 +105,7 @@ def quantize(
         lost.check(graph, labelled)
     scores: list[Score] = []
 
-    def measure(artefact: Path) -> Any:
+    def measure(artefact: Path | None) -> Any:
         if labelled is not None:
             with _as_named(evaluate):
                 scores.extend(qhw.evaluate(graph, result, labelled, artefact=artefact, metric=score))
@@ -211,4 +211,5 @@ def _report(graph: "Graph", result: "QuantizedModel", out: Path, scores: "list[S
     host = f"; {counted(hosted, 'operator')} on the host" if hosted else ""  # most of them multiply nothing
     print(f"{bytes_words(before)} -> {bytes_words(after)}; on the accelerator {share_words(made)}{host}")
     print(f"Result in {out}")
-    print(f"Next: the artefact is in {out / 'artefacts'}; every decision and its reason in {out / 'plan.json'}")
+    where = f"the artefact is in {out / 'artefacts'}; " if (out / "artefacts").is_dir() else ""
+    print(f"Next: {where}every decision and its reason in {out / 'plan.json'}")
