@@ -43,7 +43,7 @@ def grid_with(target: TargetSpec, name: str, elements: ElementSet | None) -> Gri
     scale = spec.scale if isinstance(spec.scale, ScaleSpec) else ScaleSpec()
     if spec.scale is None and elements is not None and elements.is_absolute:
         scale = ScaleSpec(kind="fixed", values=(1.0,))
-    kind: ScaleKind = scale.kind if scale.kind not in ("fixed_point", "unknown") else "float32"
+    kind: ScaleKind = "float32" if scale.kind == "fixed_point" or scale.kind == "unknown" else scale.kind
     return Grid(
         quant_min=low,
         quant_max=high,

@@ -44,7 +44,7 @@ def cluster_rows(rows: Tensor, count: int) -> Tensor:
     best, least = torch.zeros(len(x), count, dtype=torch.float64, device=x.device), None
     starts = [_quantiles(x, known, count), _steps(x, known, count), _companded(x, known, count)]
     if count <= _FEW:
-        starts.append(torch.cat([sums.cut(part, count) for part in torch.arange(len(x)).split(_ROWS)]))
+        starts.append(torch.cat([sums.cut(part, count) for part in torch.split(torch.arange(len(x)), _ROWS)]))
     for start in starts:
         centres, cost = sums.settle(start)
         if least is None:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """DynamicQuantizer: a fake quantizer whose scales are those of the tensor that it sees, as hardware computes them."""
 
+import torch
 from torch import Tensor
 
 from qhw.errors import RangeError
 from qhw.numerics.affine import scale_and_zero_point
 from qhw.numerics.fake_quantizer import FakeQuantizer
-from qhw.numerics.granularity import Granularity, PerGroup, PerTensor, expand, range_of
+from qhw.numerics.granularity import PerTensor
 from qhw.numerics.grid import Grid
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import fake_quantize_broadcast, zero_point_dtype
@@ -60,20 +61,26 @@ class DynamicQuantizer(FakeQuantizer):
         if not self.enabled or not x.numel():
             return x
         flat = self.axis == -1 and self.reduced is not None and x.shape[-1] != self.reduced and x.dim() > 2
-        y = x.flatten(1) if flat else x
-        granularity = self._cut(y)
-        scale, zero_point = scale_and_zero_point(*range_of(y.detach().float(), granularity), self.grid)
-        zero_point = zero_point.to(zero_point_dtype(self.quant_min, self.quant_max))
-        scale, zero_point = (expand(p, granularity, tuple(y.shape)) for p in (scale, zero_point))
-        bounds = self.quant_min, self.quant_max
-        return fake_quantize_broadcast(y, scale, zero_point, *bounds, self.rounding, self.elements).reshape(x.shape)
-
-    def _cut(self, x: Tensor) -> Granularity:
-        """The blocks of a tensor."""
         if self.axis is None:
-            return PerTensor()
-        axis = self.axis % x.dim()
-        return PerGroup(axis, self.block or x.shape[axis])
+            return self._on_own_scales(x, *x.detach().float().aminmax())
+        y = x.flatten(1) if flat else x
+        axis = self.axis % y.dim()
+        size = y.shape[axis]
+        block = self.block or size
+        missing = -size % block
+        if missing:  # filled up with 0.0, which every range holds
+            y = torch.nn.functional.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing))
+        blocks = y.unflatten(axis, (-1, block))
+        low, high = blocks.detach().float().aminmax(dim=axis + 1, keepdim=True)
+        found = self._on_own_scales(blocks, low, high).flatten(axis, axis + 1)
+        return (found.narrow(axis, 0, size) if missing else found).reshape(x.shape)
+
+    def _on_own_scales(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """x on scales that cover ranges, which broadcast against it."""
+        scale, zero_point = scale_and_zero_point(low, high, self.grid)
+        zero_point = zero_point.to(zero_point_dtype(self.quant_min, self.quant_max))
+        bounds = self.quant_min, self.quant_max
+        return fake_quantize_broadcast(x, scale, zero_point, *bounds, self.rounding, self.elements)
 
     def extra_repr(self) -> str:
         blocks = "tensor" if self.axis is None else f"{self.block or 'row'} along axis {self.axis}"

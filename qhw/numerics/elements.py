@@ -215,6 +215,11 @@ class ListedElements(ElementSet):
     def round_to(self, x: Tensor) -> Tensor:
         """The nearest value."""
         bounds = self._bounds32 if x.dtype == torch.float32 else self._bounds
+        if len(self.values) <= _FEW:
+            found = x.new_full(x.shape, self.values[0])
+            for bound, value in zip(bounds.tolist(), self.values[1:], strict=True):
+                found.masked_fill_(x >= bound, value)
+            return found.masked_fill_(torch.isnan(x), math.nan)
         index = torch.bucketize(x.contiguous(), bounds.to(x.device, x.dtype), out_int32=True, right=True)
         found = self._values.to(x.device, x.dtype)[index]
         return torch.where(torch.isnan(x), x, found)
@@ -235,4 +240,5 @@ class ListedElements(ElementSet):
         return torch.where(known[index] == codes, found, math.nan)
 
 
+_FEW = 16  # values up to which one comparison each is faster than a search
 _DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)

@@ -176,9 +176,9 @@ class Grid:
         low = max(self.scale_min or SMALLEST_SCALE, SMALLEST_SCALE)
         high = min(self.scale_max or _FLOAT32_MAX, _FLOAT32_MAX / self.extent)
         if self.scale_kind in _TYPES:
-            values = _TYPES[self.scale_kind]
-            ends = torch.tensor([max(low, float(values.decode(torch.tensor(1)))), high], dtype=torch.float64)
-            least, most = _of_type(ends, values, "up"), -_of_type(-ends, values, "up")
+            of_type = _TYPES[self.scale_kind]
+            ends = torch.tensor([max(low, float(of_type.decode(torch.tensor(1)))), high], dtype=torch.float64)
+            least, most = _of_type(ends, of_type, "up"), -_of_type(-ends, of_type, "up")
             return float(least[0]), float(most[1])
         return _float32_inside(low, up=True), _float32_inside(high, up=False)
 

@@ -159,6 +159,18 @@ def weights(name: str) -> dict[str, Any]:
     return {"formats": {"*.weight": name}}
 
 
+def weight_numbers(result: Any) -> int:
+    """How many different numbers the first weight has, counted apart for each scale."""
+    point = next(p for p in result.plan.points if p.role == "weight")
+    found = result.quantizer(point.name)(result.float_graph.tensor(point.tensor).detach())
+    rows = found.detach().reshape(weight(result).scale.numel(), -1)
+    return sum(row.unique().numel() for row in rows)
+
+
+def is_float16(scale: Tensor) -> bool:
+    return bool(torch.equal(scale.half().float(), scale))
+
+
 HOST, CHIP = "host", "accelerator"
 CASES = [
     Case(1, "weight formats of a kernel", "plain conv", codes, (-127, 127), ('["w8", "w4"]', '["w4", "w8"]'), (-7, 7)),
@@ -173,6 +185,16 @@ CASES = [
     ],
     Case(2, "codes [-1, 0]", "conv", codes, (-1, 0), ("codes = [-1, 0], bits = 1", "codes = [-2, 0], bits = 2"),
          (-2, 0), weights("binary_zero")),
+    Case(2, "a set of codes", "conv", weight_numbers, 2, ("code_set = [-1, 1], bits = 1", "code_set = [-1, 1, 2], bits = 3"), 3,
+         weights("bipolar")),
+    Case(5, "palette", "conv", lambda r: (weight_numbers(r), weight(r).granularity), (16, PerTensor()),
+         ('index_bits = 4, entry = "int8"', 'index_bits = 2, entry = "int8", channel_scale = true'),
+         (4 * 8, PerAxis(0)), weights("lut_int8")),
+    Case(6, "largest finite value", "linear", lambda r: float(activation(r).elements.highest), 240.0,
+         ("finite_max = 240.0", "finite_max = 448.0"), 448.0),
+    Case(6, "exponent and mantissa", "linear", lambda r: (weight(r).bits, weight(r).elements.mantissa_bits), (8, 3),
+         ("bits = 8, exponent_bits = 4, mantissa_bits = 3, finite_max = 240.0",
+          "bits = 8, exponent_bits = 5, mantissa_bits = 2, finite_max = 57344.0"), (8, 2)),
     Case(3, "order of input formats", "conv", input_format, "a8u", ('input = ["a8u", "a8"]', 'input = ["a8"]'), "a8"),
     Case(3, "signed", "conv", lambda r: activation(r).quant_min, 0,
          ("a8u = { bits = 8, signed = false", "a8u = { bits = 8, signed = true"), -128),
@@ -191,6 +213,11 @@ CASES = [
          ("values = [0.0078125]", "values = [0.015625]"), 1 / 64, {"formats": {"x": "q7"}}),
     Case(7, "listed scales", "conv", lambda r: float(activation(r).scale), 1 / 16,
          ("values = [16, 1, 0.0625, 0.00390625]", "values = [16, 1]"), 1.0, {"formats": {"x": "gaudi2"}}),
+    Case(7, "scale of a float type", "conv", lambda r: is_float16(activation(r).scale), True,
+         ('kind = "float16"', 'kind = "float32"'), False, {"formats": {"x": "half"}}),
+    Case(7, "shared exponent", "conv", lambda r: bool((torch.frexp(weight(r).scale)[0] == 0.5).all()), True,
+         ('group_size = 32, scale = { kind = "e8m0", exponent_min = -127, exponent_max = 127 }',
+          'group_size = 4, scale = { kind = "float16" }'), False, weights("mx")),
     Case(8, "smallest scale", "small", lambda r: float(activation(r).scale), 2.0**-16,
          ("min = 0.0000152587890625", "min = 0.5"), 0.5),
     Case(8, "largest scale", "conv", lambda r: float(activation(r).scale) <= 1e-3, False,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qhw
 from qhw.engine import QuantizedModel, quantized_bytes
-from qhw.errors import IntegerError, RangeError
+from qhw.errors import IntegerError, PlanError
 from qhw.extension import Registry, load_plugins
 from qhw.graph import Graph
 from qhw.numerics import PaletteElements, PerAxis, PerTensor
@@ -138,6 +138,13 @@ def test_palettes_serve_weights_better_than_an_even_grid(graph: Graph, images: T
     assert error(palette) < 0.6 * error(grid)
 
 
+def test_range_algorithms_leave_palettes_alone_even_where_they_are_preferred(
+    graph: Graph, images: Tensor, registry: Registry
+) -> None:
+    result = quantized(graph, images, registry, 'index_bits = 2, entry = "float16"', prefer=("min_max_weights",))
+    assert [s.algorithm for s in result.plan.steps if s.stage == "weight_range"] == ["palette_weights"]
+
+
 def test_without_its_algorithm_a_palette_has_no_entries(graph: Graph, images: Tensor, registry: Registry) -> None:
-    with pytest.raises(RangeError, match=r"has no look-up table yet\. Let an algorithm for palettes"):
+    with pytest.raises(PlanError, match=r"no algorithm fits target 'acme/palette' for its weights"):
         quantized(graph, images, registry, 'index_bits = 2, entry = "float16"', without=("palette_weights",))

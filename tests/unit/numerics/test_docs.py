@@ -20,6 +20,11 @@ def test_the_example_gives_the_codes_beside_it():
     assert str(names["w_q"].tolist()) == stated == "[[32, -127], [127, 95]]"
 
 
+def test_the_example_of_small_floats_holds():
+    (example,) = re.findall(r"```python\n((?:(?!```).)*FloatElements.*?)```", PAGE, re.DOTALL)
+    exec(compile(example, "docs/numerics.md", "exec"), {})  # noqa: S102
+
+
 def test_the_example_of_requantization_holds():
     (example,) = re.findall(r"```python\n((?:(?!```).)*rescale_fixed_point.*?)```", PAGE, re.DOTALL)
     names: dict[str, object] = {}

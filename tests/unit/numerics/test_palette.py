@@ -68,8 +68,15 @@ def test_clusters_come_near_the_optimum(kind: str, count: int) -> None:
     assert (np.diff(found) >= 0).all()
     ratios = [cost(x, centres) / optimum(x, count) for x, centres in zip(rows, found, strict=True)]
     assert min(ratios) >= 1 - 1e-9
-    # Lloyd's iterations end in a minimum that need not be the least; measured: 1.00 to 1.15, 1.02 on average.
-    assert np.mean(ratios) <= 1.1 and max(ratios) <= 1.35
+    # 200 values are cut at 192 places, then moved by Lloyd's iterations; measured: 1.003 at most.
+    assert max(ratios) <= 1.01
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_few_values_are_clustered_in_the_best_way_there_is(count: int) -> None:
+    rows = np.stack([_sample(np.random.default_rng(seed), "laplace", 40) for seed in range(4)])
+    for x, centres in zip(rows, cluster_rows(torch.from_numpy(rows), count).numpy(), strict=True):
+        assert cost(x, centres) == pytest.approx(optimum(x, count), rel=1e-9)
 
 
 def _sample(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
