@@ -60,9 +60,9 @@ def _figures(row: Row, is_scored: bool, with_energy: bool) -> list[str]:
     cells += ["-" if row.bytes is None else bytes_words(row.bytes), share, f"{on_chip} of {row.operators}"]
     cells.append(_headroom(row.headroom))
     cost = row.cost
-    cells += ["-", "-"] if cost is None else [cycles_words(cost.cycles), seconds_words(cost.seconds)]
-    if with_energy:
-        cells.append("-" if cost is None else joules_words(cost.joules))
+    words = [cycles_words(cost.cycles), seconds_words(cost.seconds), joules_words(cost.joules)] if cost else []
+    words = words if cost is not None and cost.operators else ["-", "-", "-"]  # nothing runs there: no cost, not none
+    cells += words[: 3 if with_energy else 2]
     return cells
 
 
