@@ -25,10 +25,12 @@ from qhw.schema.base import (
 )
 from qhw.schema.scales import PLANNABLE_SCALES, Bits, Palette, Scale
 
-__all__ = ["INTEGER", "Format", "code_bits"]
+__all__ = ["INTEGER", "STATED_KINDS", "Format", "code_bits"]
 
 INTEGER = "integer"
 """The kind of format that needs no plugin."""
+STATED_KINDS = (INTEGER, "float", "palette")
+"""Kinds whose figures have fields of their own here; those of any other stand in `parameters`."""
 
 Kind = Annotated[
     str,
@@ -282,7 +284,7 @@ class Format(Table):
                 yield Problem((name,), f'needs kind = "float"; kind is "{self.kind}". Remove it, or change kind.')
         if self.palette is not None and self.kind in (INTEGER, "float"):
             yield Problem(("palette",), f'needs kind = "palette"; kind is "{self.kind}". Remove it, or change kind.')
-        if self.parameters is not None and self.kind in (INTEGER, "float", "palette"):
+        if self.parameters is not None and self.kind in STATED_KINDS:
             yield Problem(("parameters",), f'kind = "{self.kind}" takes none. Remove them, or name a plugin\'s kind.')
         is_scaled = getattr(self.palette, "channel_scale", None)
         if self.per is not None and isinstance(is_scaled, bool) and self.per != self._palette_per(is_scaled):

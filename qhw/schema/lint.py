@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qhw.schema.base import UNKNOWN, Path, leaves
 from qhw.schema.closest import closest
-from qhw.schema.formats import Format
+from qhw.schema.formats import STATED_KINDS, Format
 from qhw.schema.kernels import Kernel
 from qhw.schema.kinds import OPERATOR_KINDS, TWO_ACTIVATIONS
 from qhw.schema.lint_claims import disagreements, unfounded
@@ -86,6 +86,9 @@ def lint(
 def _formats(spec: TargetSpec) -> Iterator[Remark]:
     in_use = {name for kernel in spec.kernels.values() for name in kernel.formats()}
     for name, form in spec.formats.items():
+        if form.kind not in (*STATED_KINDS, UNKNOWN):
+            text = f'"{form.kind}" needs a plugin that brings it ("qhw plugin list"); lint does not look for one.'
+            yield "info", ("formats", name, "kind"), text
         if name not in in_use or form.kind != "integer":
             continue
         path: Path = ("formats", name)

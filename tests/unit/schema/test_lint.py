@@ -254,3 +254,12 @@ def test_sources_that_no_claim_names_are_said(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(text)
     child = 'schema_version = 1\nname = "acme/child"\nextends = "base.toml"\n'
     assert not [f for f in lint(parse_target(child, folder=tmp_path)) if "claim names it" in f.message]
+
+
+def test_a_kind_of_a_plugin_is_said_and_not_looked_for() -> None:
+    text = TINY.replace("codes = [-127, 127], zero_point = 0", 'kind = "posit", parameters = { es = 1 }')
+    wanted = (
+        'info: formats.w8.kind: "posit" needs a plugin that brings it ("qhw plugin list"); lint does not look for one.'
+    )
+    assert wanted in said(text) and not [line for line in said(text) if line.startswith("error")]
+    assert not [line for line in said(TINY) if "needs a plugin" in line]
