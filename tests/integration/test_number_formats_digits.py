@@ -42,7 +42,7 @@ def blocks(elements: str) -> str:
 CASES: dict[str, tuple[str, float, float]] = {
     "fp8 e4m3": (f'formats.x = {{ {E4M3}, per = "tensor" }}\nformats.w = {{ {E4M3}, per = "out_channel" }}', 99.0, 1.0),
     "mxfp8": (blocks(E4M3), 99.0, 1.0),
-    "mxfp4": (blocks(E2M1), 97.0, 0.5),
+    "mxfp4": (blocks(E2M1), 95.0, 0.5),
     "palette of 4 bits": (
         f"formats.x = {{ {FLOAT16} }}\n"
         'formats.w = { kind = "palette", palette = { index_bits = 4, entry = "float16" } }',
