@@ -2,17 +2,16 @@
 """What follows an operator up to the next quantized tensor, and whether its kernel computes that along."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from qhw.legality.artefact import ArtefactOperator, Encoding, Use
+from qhw.legality.clips import clip_codes
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.settled import Settled
 from qhw.schema import Format, Kernel
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["Chain", "chain_findings", "chain_of", "implied", "narrowed"]
+__all__ = ["Chain", "chain_findings", "chain_of", "implied"]
 
 _NOTHING = ("Dropout", "Identity")
 """What computes nothing at inference."""
@@ -57,46 +56,11 @@ def implied(chain: Chain, formats: list[Format]) -> Chain:
     """The chain without clips at its end that saturation on one of these formats does anyway."""
     followers = list(chain.followers)
     while followers and followers[-1].kind in ("Relu", "Clip") and chain.output.encoding is not None:
-        codes = _clip_codes(followers[-1], chain.output.encoding)
+        codes = clip_codes(followers[-1], chain.output.encoding)
         if codes is None or not any(_saturates(spec, codes, chain.output.encoding) for spec in formats):
             break
         followers.pop()
     return Chain(tuple(followers), chain.output)
-
-
-def narrowed(chain: Chain) -> Use:
-    """What a chain writes, with the codes that clips in front of the quantizer leave."""
-    output, e = chain.output, chain.output.encoding
-    if e is None or e.signed is None or e.is_dynamic or e.scale.ndim:
-        return output
-    low, high = e.quant_min, e.quant_max
-    for follower in reversed(chain.followers):
-        codes = _clip_codes(follower, e) if follower.kind in ("Relu", "Clip") else None
-        if codes is None:
-            break
-        low, high = max(low, codes[0]), min(high, codes[1])
-    if low > high or (low, high) == (e.quant_min, e.quant_max):
-        return output
-    return replace(output, encoding=replace(e, quant_min=low, quant_max=high))
-
-
-def _clip_codes(clip: ArtefactOperator, e: Encoding) -> tuple[int, int] | None:
-    """The codes of a clip's bounds, rounded as a quantizer does."""
-    if e.is_dynamic or e.scale.ndim or e.is_float:
-        return None
-    ends = []
-    for field, end in (("minimum", e.quant_min), ("maximum", e.quant_max)):
-        bound = clip.attributes.get(field)
-        if bound is None:
-            ends.append(end)
-            continue
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            steps = float(np.rint(np.float32(bound) / np.float32(e.scale)))
-        if not np.isfinite(steps):
-            ends.append(end)
-        else:
-            ends.append(int(min(max(steps, -(2.0**62)), 2.0**62)) + int(e.zero_point))
-    return ends[0], ends[1]
 
 
 def _saturates(spec: Format, codes: tuple[int, int], e: Encoding) -> bool:

@@ -5,6 +5,7 @@ from qhw.graph import VIEW_KINDS
 from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator
 from qhw.legality.chain import Chain, chain_of
+from qhw.legality.clips import CLIPS, clip_codes
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.formats import Operand, nearest_format, takes_reals
 from qhw.legality.limits import limit_findings, network_findings
@@ -88,6 +89,8 @@ class _Judge:
             return _report(operator, "host", reason=reason)
         if operator.kind in VIEW_KINDS:
             return self._view(operator)
+        if operator.kind in CLIPS and _is_of_quantizer(operator):
+            return _report(operator, "passed", reason="saturates as the quantizer behind it does")
         chain = chain_of(self._settled, operator)
         if not _is_touched(operator, chain):
             finding = _missing("operators", "has real numbers in and out", "Quantize it, or replace it.")
@@ -265,3 +268,13 @@ def _is_touched(operator: ArtefactOperator, chain: Chain) -> bool:
     weight = operator.weight
     uses = (*operator.inputs, operator.output, chain.output)
     return any(use.encoding is not None for use in uses) or (weight is not None and weight.encoding is not None)
+
+
+def _is_of_quantizer(clip: ArtefactOperator) -> bool:
+    """Whether a clip is nothing but the codes that a quantizer uses: of real numbers, or beyond all of its codes."""
+    e = clip.output.encoding
+    codes = None if e is None else clip_codes(clip, e)
+    if e is None or codes is None or clip.inputs[0].encoding is None:
+        return codes is not None
+    low, high = (-(1 << (e.bits - 1)), (1 << (e.bits - 1)) - 1) if e.signed else (0, (1 << e.bits) - 1)
+    return clip.kind == "Clip" and codes[0] <= low and high <= codes[1]

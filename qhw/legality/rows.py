@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qhw.legality.accumulators import accumulator_findings, weight_sum_findings
 from qhw.legality.artefact import ArtefactOperator
 from qhw.legality.bias import bias_findings
-from qhw.legality.chain import Chain, chain_findings, implied, narrowed
+from qhw.legality.chain import Chain, chain_findings, implied
 from qhw.legality.exponents import exponent_findings
 from qhw.legality.finding import OTHER_TYPE, Finding
 from qhw.legality.formats import nearest_format, takes_reals
@@ -69,7 +69,7 @@ def nearest_row(
         row = target.kernels[name]
         listed = at_edge or (row.output if isinstance(row.output, tuple) else ())
         kept = implied(chain, [target.formats[f] for f in listed])
-        site = Site(target, operator, path, spec, operator.inputs, narrowed(chain), kept.kinds, leaves_in_float)
+        site = Site(target, operator, path, spec, operator.inputs, chain.output, kept.kinds, leaves_in_float)
         findings, output = _of_formats(site, name, at_edge)
         findings += chain_findings(path, spec, name, row, kept)
         if operator.kind in WEIGHTED_KINDS:

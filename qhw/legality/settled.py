@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator, Encoding, Use
+from qhw.legality.clips import CLIPS, narrowed
 
 __all__ = ["Settled", "settle"]
 
@@ -59,6 +60,7 @@ def settle(artefact: Artefact) -> Settled:
             wanted[inputs[0].tensor] = output.encoding
             inputs = (replace(inputs[0], encoding=output.encoding),)
         operators[index] = replace(operator, inputs=inputs, output=output)
+    operators = _with_clips(operators)
     readers: dict[str, list[ArtefactOperator]] = {}
     for operator in operators:
         for use in operator.inputs:
@@ -68,3 +70,21 @@ def settle(artefact: Artefact) -> Settled:
 
 def _filled(use: Use, known: Mapping[str, Encoding]) -> Use:
     return replace(use, encoding=known[use.tensor]) if use.encoding is None and use.tensor in known else use
+
+
+def _with_clips(operators: list[ArtefactOperator]) -> list[ArtefactOperator]:
+    """The operators with the codes that clips in front of quantizers leave, where a value is written and read."""
+    narrow: dict[str, Encoding] = {}
+    for operator in operators:
+        e = operator.output.encoding
+        if operator.kind in CLIPS and e is not None and e.signed is not None:
+            narrow[operator.output.tensor] = narrowed(operator, e)
+
+    def of(use: Use) -> Use:
+        found = narrow.get(use.tensor)
+        is_same = found is not None and use.encoding is not None and use.encoding.same_grid(found)
+        return replace(use, encoding=found) if is_same else use
+
+    return [
+        replace(operator, inputs=tuple(map(of, operator.inputs)), output=of(operator.output)) for operator in operators
+    ]

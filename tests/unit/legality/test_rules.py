@@ -110,6 +110,19 @@ def test_a_clip_narrows_the_codes_that_can_occur(broken_by: Broken) -> None:
     assert broken_by(conv_file(), {**wide_input, "kernels.mac.input": ["x8"]}) == x_only
 
 
+def test_a_clip_in_front_of_the_first_quantizer_narrows_what_is_read(judged: Any) -> None:
+    """-127 / 16 = -7.9375 is the code -127: with the clip no input has the code -128, and the clip is no operator."""
+    for bound, expected in ((-127 / 16, set()), (-8.0, {("pool", "formats.a8.codes")})):
+        f = OnnxFile()
+        x = f.op("Clip", [f.given("x", [1, 4, 4, 4]), f.stored("low", np.float32(bound))], "clip")
+        value = f.op("MaxPool", [f.pair(x, A)], "pool", kernel_shape=[2, 2])
+        y = f.op("Clip", [value, f.stored("bottom", np.float32(bound))], "end")
+        f.gives(f.pair(y, A))
+        report = judged(f, {"formats.a8.codes": [-127, 127], "operators.MaxPool.fused": ["Clip"]})
+        assert {(one.node, one.clause) for one in report.violations} == expected
+        assert report.operators[0].status == "passed"
+
+
 @pytest.mark.parametrize(
     ("fallback", "status"),
     [
