@@ -15,6 +15,7 @@ from qhw.engine.bias import add_required_biases, bias_qparams
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import Calibration
 from qhw.engine.options import options_for
+from qhw.engine.parameters import round_parameters
 from qhw.engine.progress import Progress, RichProgress, SilentProgress
 from qhw.engine.replay import check_plan
 from qhw.engine.result import QuantizedModel
@@ -74,6 +75,7 @@ def run(
     context = Context(calibration, progress, seed)
     _set_given(work)
     add_required_biases(work)
+    round_parameters(work)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -92,4 +92,6 @@ def lower(result: QuantizedModel) -> tuple[dict[str, tuple[Site, Lowered]], tupl
 def _check_approximation(site: Site) -> None:
     """What computes something else than the operator is a table or in fixed point, or has no form here."""
     if site.spec.approximation is not None:
-        approximation_of(site, "table", *(("fixed_point",) if site.operator.kind in _IN_FIXED_POINT else ()))
+        more = {"LeakyRelu": ("rounded_parameter",)}.get(site.operator.kind, ())
+        in_fixed_point = ("fixed_point",) if site.operator.kind in _IN_FIXED_POINT else ()
+        approximation_of(site, "table", *in_fixed_point, *more)

@@ -167,7 +167,9 @@ def lower_slopes(site: Site) -> Lowered:
     Raises:
         IntegerError: the target leaves open what decides, or the slope is negative.
     """
-    if site.spec.approximation is not None:
+    rule = site.spec.approximation
+    # A parameter on a grid is in the graph already; what is computed with it is the operator's own function.
+    if rule is not None and not (isinstance(rule, Approximation) and rule.kind == "rounded_parameter"):
         return lower_table(site)
     x, out = site.inputs[0], site.output
     size = x.quant_max - x.quant_min + 1

@@ -115,8 +115,8 @@ class Approximation(Table):
         Literal["table", "fixed_point", "piecewise_linear", "fraction", "hard", "rounded_parameter"] | Unknown | None
     ) = used(
         "A look-up table, integers with a fixed point (Softmax, LogSoftmax, HardSwish, Rsqrt, Resize), linear "
-        "segments, a fixed fraction, a hard variant, or a parameter rounded to a grid.",
-        recorded_values=("piecewise_linear", "fraction", "hard", "rounded_parameter"),
+        "segments, a fixed fraction, a hard variant, or a parameter rounded to a grid (the slope of LeakyRelu).",
+        recorded_values=("piecewise_linear", "fraction", "hard"),
     )
     segments: Count | Unknown | None = recorded("Linear segments.")
     entries: Count | Unknown | None = used("Entries of a look-up table.")
@@ -151,8 +151,8 @@ class Approximation(Table):
         "Nearest Resize: element floor(i r) in float32, r = size / new size; floor(i / q), q = new size / size; or the "
         "exact floor(i size / new size)."
     )
-    constants: dict[str, Real] | Unknown | None = recorded(
-        'Named constants: {"3x3" = 0.109375} or {denominator = 256}.'
+    constants: dict[str, Real] | Unknown | None = used(
+        'Named constants: {"3x3" = 0.109375} or {denominator = 256}. Read: the denominator of a rounded parameter.'
     )
 
 

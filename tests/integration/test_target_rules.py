@@ -199,6 +199,31 @@ def test_exponents_of_the_smallest_and_the_largest_operand_are_held_together(kin
     assert (first, second) == (x, x - 3)  # the finer one grew, just so far
 
 
+# Parameters on a grid
+
+
+@pytest.mark.parametrize(("denominator", "slope"), [(256.0, 26 / 256), (16.0, 2 / 16), (None, 0.1)])
+def test_a_slope_is_one_that_the_hardware_has(denominator: float | None, slope: float) -> None:
+    """0.1 x 256 = 25.6 is 26, 0.1 x 16 = 1.6 is 2."""
+    stated = "" if denominator is None else f", constants = {{ denominator = {denominator} }}"
+    more = (
+        'kernels.act = { input = ["a8"], output = ["a8"], requantize = "own" }\n'
+        'operators.LeakyRelu = { kernels = ["act"], rounding_order = "zero_point_after", '
+        f'approximation = {{ kind = "rounded_parameter"{stated} }} }}\n'
+    )
+    result = quantized(nn.LeakyReLU(0.1), more=more)
+    assert float(result.float_graph.operators[0].attributes["slope"]) == slope
+    x, out = (result.encodings()[p.group] for p in result.plan.points)
+    reals = (np.clip(np.rint(X.numpy() / float(x.scale)) + int(x.zero_point), -128, 127) - int(x.zero_point)) * float(
+        x.scale
+    )
+    codes = np.clip(
+        np.rint(np.where(reals < 0, reals * slope, reals) / float(out.scale)) + int(out.zero_point), -128, 127
+    )
+    found = IntegerModel(result).codes(X)
+    assert np.abs(found[result.plan.points[-1].tensor].numpy() - codes).max() <= 1
+
+
 # What is float, what is the host's, what crosses the edge
 
 

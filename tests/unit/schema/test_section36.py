@@ -139,6 +139,7 @@ USED: dict[int, dict[str, Any]] = {
         "operators.Tanh.approximation.entries": 257,
         "operators.Softmax.output": "float",
         "operators.LayerNormalization.parameters": "float",
+        "operators.LeakyRelu.approximation.kind": "rounded_parameter",
     },
     21: {
         "operators.Conv.fused": ("Relu", "PRelu", "LeakyRelu", "HardSwish", ("Add", "Relu")),
@@ -241,8 +242,6 @@ RECORDED: dict[int, dict[str, Any]] = {
     },
     20: {
         "operators.AveragePool.approximation.kind": "fraction",
-        "operators.AveragePool.approximation.constants": {"3x3": 0.109375, "5x5": 0.0390625, "7x7": 0.0205078125},
-        "operators.LeakyRelu.approximation.kind": "rounded_parameter",
         "operators.Elu.approximation.segments": 16,
         "operators.Tanh.approximation.sample_step": 256,
     },

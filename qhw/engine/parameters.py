@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters of operators that the hardware holds on a grid: the working copy computes with those it really has."""
+
+import logging
+
+from qhw.engine.work import Work
+from qhw.schema import Approximation
+
+__all__ = ["round_parameters"]
+
+_log = logging.getLogger("qhw")
+
+
+def round_parameters(work: Work) -> None:
+    """Give each LeakyRelu the slope that its hardware has, where `approximation.kind` is `rounded_parameter`.
+
+        slope = round(slope * denominator) / denominator, ties to even
+
+    An operator whose denominator is not stated keeps its slope.
+    """
+    operators = {operator.name: operator for operator in work.graph.operators}
+    with work.graph.changes():
+        for placement in work.plan.operators:
+            operator = operators.get(placement.name)
+            denominator = _denominator(work, placement.subject) if placement.where == "accelerator" else None
+            if operator is None or operator.kind != "LeakyRelu" or denominator is None:
+                continue
+            exact = float(operator.attributes["slope"])
+            rounded = round(exact * denominator) / denominator
+            node = work.graph.node(operator.name)
+            node.args, node.kwargs = (node.args[0], rounded), {}
+            if rounded != exact:
+                _log.info("%s: its slope %g is %g on this hardware.", operator.name, exact, rounded)
+
+
+def _denominator(work: Work, subject: str) -> float | None:
+    """What a kind's parameters are multiples of one over; None where the target states none."""
+    row = work.target.operators.get(subject.removeprefix("operators.").removesuffix(".kernels"))
+    rule = row.approximation if row is not None else None
+    if not isinstance(rule, Approximation) or rule.kind != "rounded_parameter" or not isinstance(rule.constants, dict):
+        return None
+    found = rule.constants.get("denominator")
+    return float(found) if found is not None and found > 0 else None
