@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What follows an operator up to the next quantized tensor, and whether its kernel computes that along."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from qhw.graph import VIEW_KINDS
 from qhw.legality.artefact import ArtefactOperator, Encoding, Use
 from qhw.legality.clips import clip_codes
 from qhw.legality.finding import Finding, unknown
@@ -11,10 +12,7 @@ from qhw.legality.settled import Settled
 from qhw.schema import Format, Kernel
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["Chain", "chain_findings", "chain_of", "implied"]
-
-_NOTHING = ("Dropout", "Identity")
-"""What computes nothing at inference."""
+__all__ = ["Chain", "chain_findings", "chain_of", "implied", "within"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +39,31 @@ def chain_of(settled: Settled, operator: ArtefactOperator) -> Chain:
     output, seen = operator.output, {operator.name}
     while output.encoding is None and output.tensor not in settled.artefact.outputs:
         readers = settled.readers.get(output.tensor, ())
-        if len(readers) != 1 or len(readers[0].inputs) != 1 or readers[0].name in seen:
+        if len(readers) != 1 or len(readers[0].inputs) != 1 or readers[0].more_outputs or readers[0].name in seen:
             break
-        if readers[0].kind not in _NOTHING:
+        if readers[0].kind not in VIEW_KINDS:
             followers.append(readers[0])
         seen.add(readers[0].name)
         output = readers[0].output
-    if output.encoding is None:  # a chain that ends in the open: nothing of it is computed along
+    if output.encoding is None and output.tensor not in settled.artefact.outputs:
+        # It ends in the open: nothing of it is computed along.
         return Chain((), operator.output)
     return Chain(tuple(followers), output)
+
+
+def within(chain: Chain, operator: ArtefactOperator, fused: Iterable[object]) -> Chain:
+    """A chain that leaves the graph in real numbers, where that is computed along; else the operator alone.
+
+    Args:
+        chain: From `chain_of`.
+        operator: Where it starts.
+        fused: What the target states, of the operator and of its kernels.
+    """
+    if chain.output.encoding is not None or not chain.followers:
+        return chain
+    listed = [entry for entries in fused if isinstance(entries, tuple) for entry in entries]
+    chains = [(entry,) if isinstance(entry, str) else entry for entry in listed]
+    return chain if chain.kinds in chains else Chain((), operator.output)
 
 
 def implied(chain: Chain, formats: list[Format]) -> Chain:

@@ -4,7 +4,7 @@
 from qhw.graph import VIEW_KINDS
 from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator
-from qhw.legality.chain import Chain, chain_of
+from qhw.legality.chain import Chain, chain_of, within
 from qhw.legality.clips import CLIPS, clip_codes
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.formats import Operand, nearest_format, takes_reals
@@ -134,6 +134,8 @@ class _Judge:
             return self._movement(operator, path, spec, limits)
         if not spec.kernels:
             return _missing(f"{path}.kernels", operator.type, "Replace it, or run it on the host.")
+        rows = [self._target.kernels[name] for name in spec.kernels]
+        chain = within(chain, operator, (spec.fused, *(row.fused for row in rows)))
         output = chain.output
         in_float, remark = self._leaves_in_float(spec, output.tensor, output.encoding is not None)
         why = self._left_in_float(operator, spec, chain, in_float)

@@ -209,6 +209,16 @@ def test_a_result_that_leaves_the_network_in_real_numbers(stated: str | None, ju
     assert [one.clause for one in report.unjudged] == ([] if stated else ["boundary.outputs"])
 
 
+def test_what_is_computed_along_may_leave_in_real_numbers(judged: Any) -> None:
+    leaves = {"boundary.outputs": "float", "fallback": "host"}
+    report = judged(conv_file(y=None, behind=["Relu", "Flatten"]), leaves)
+    assert report.is_legal
+    assert [one.status for one in report.operators] == ["legal", "passed", "passed"]
+    # Sigmoid is not computed along: what it reads is no output of the network.
+    report = judged(conv_file(y=None, behind=["Sigmoid"]), leaves)
+    assert {(one.node, one.clause) for one in report.violations} == {("conv", "kernels.mac.output")}
+
+
 def test_formats_at_the_edge(broken_by: Broken) -> None:
     edge = {"formats.wide": {"bits": 16, "signed": True, "zero_point": 0, "per": "tensor"}}
     assert broken_by(conv_file(), {**edge, "boundary.output_formats": ["wide"]}) == {
