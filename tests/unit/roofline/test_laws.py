@@ -23,7 +23,7 @@ FIGURES = st.builds(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(FIGURES, max_size=6))
 def test_sums_and_maxima_lack_what_any_part_lacks(parts: list[Figure]) -> None:
     for total in (Figure.sum(parts), Figure.largest(parts)):
@@ -38,6 +38,7 @@ def test_a_figure_of_which_nothing_is_known_has_no_bound() -> None:
     assert Figure(0.0).to_data() == {"value": 0.0, "at_least": 0.0, "missing": []}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 4), st.integers(1, 32))
 def test_padding_is_the_product_of_rounded_channels(inner: int, outer: int, groups: int, multiple: int) -> None:
     facts = {"in_channels": inner * groups, "out_channels": outer * groups, "groups": groups}
@@ -80,7 +81,7 @@ WIDTHS = st.floats(1e4, 1e9)
 SIZES = st.integers(1, 5000)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(macs=st.tuples(SPEEDS, SPEEDS), width=st.tuples(WIDTHS, WIDTHS), size=st.tuples(SIZES, SIZES))
 def test_faster_parts_never_cost_more(
     planned: tuple[Graph, QuantPlan], macs: tuple[float, float], width: tuple[float, float], size: tuple[int, int]
@@ -95,7 +96,7 @@ def test_faster_parts_never_cost_more(
         assert operator.cycles.value == max(parts)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(multiples=st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8, 16])))
 def test_coarser_channels_never_cost_less(planned: tuple[Graph, QuantPlan], multiples: tuple[int, int]) -> None:
     fine = estimate(*planned, target_with(1.0, 1e9, 5000, min(multiples)))

@@ -108,6 +108,12 @@ CASES = [
         'kind = "integer" takes none. Remove them, or name a plugin\'s kind.',
     ),
     (
+        "palette shared twice",
+        'formats.x = { kind = "palette", per = "out_channel", palette = { channel_scale = false } } #!',
+        "formats.x.per",
+        'is "out_channel", and palette.channel_scale is false. Leave one of them out.',
+    ),
+    (
         "8 bits of which 9 are named",
         'formats.x = { kind = "float", bits = 8, exponent_bits = 5, mantissa_bits = 3 } #!',
         "formats.x.bits",
