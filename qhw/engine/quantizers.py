@@ -36,8 +36,8 @@ def quantizer_of(target: TargetSpec, graph: Graph, point: QuantPoint, qparams: Q
 def _summed(graph: Graph, point: QuantPoint) -> tuple[int, int | None]:
     """The axis along which readers sum a tensor up, the first one's; and how many elements, where that is known.
 
-    Channels for convolutions, and for tensors with positions that only others read; the last axis else. The right
-    factor of a product of two activations is cut along its last axis as well, which hardware cuts across.
+    Channels for convolutions, and for tensors with positions that only others read; the last axis else, and the one
+    before it for the right factor of a product.
     """
     for name in point.consumers:
         operator = graph.operator(name)
@@ -46,5 +46,5 @@ def _summed(graph: Graph, point: QuantPoint) -> tuple[int, int | None]:
         if operator.kind == "Gemm":
             return -1, int(operator.attributes["in_channels"])
         if operator.kind == "MatMul":
-            return -1, None
+            return -2 if operator.inputs[1:] == (point.tensor,) else -1, None
     return (1 if len(graph.node(point.tensor).meta["shape"]) > 3 else -1), None

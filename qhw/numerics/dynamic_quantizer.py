@@ -24,7 +24,7 @@ class DynamicQuantizer(FakeQuantizer):
     Args:
         qparams: On the grid, per tensor.
         grid: What is legal.
-        axis: The axis that is summed up: 1, or -1 for the last one; None: one scale per tensor.
+        axis: The axis that is summed up: 1, -1 for the last one, -2 for the one before; None: one scale per tensor.
         block: Elements of a block along that axis, the last one shorter where they do not divide; None: all, a row.
         reduced: How many elements are summed up, where axes from 1 on are flattened before: a tensor [n, 8, 4, 4] that
             a linear layer reads as [n, 128] has blocks of its 128 elements. None: as many as the axis has.
@@ -42,8 +42,8 @@ class DynamicQuantizer(FakeQuantizer):
         name: str = "tensor",
     ) -> None:
         super().__init__(qparams, name=name)
-        if axis not in (None, 1, -1) or not isinstance(qparams.granularity, PerTensor):
-            raise RangeError(f"{name}: axis must be 1, -1 or None, with qparams per tensor; got {axis}. Choose one.")
+        if axis not in (None, 1, -1, -2) or not isinstance(qparams.granularity, PerTensor):
+            raise RangeError(f"{name}: axis must be 1, -1, -2 or None, with qparams per tensor; got {axis}.")
         self.grid = grid
         self.axis = axis
         self.block = block

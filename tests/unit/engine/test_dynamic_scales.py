@@ -98,6 +98,20 @@ def test_live_scales_are_saved_and_copied(
     assert torch.equal(deepcopy(result)(images[:8]), result(images[:8]))
 
 
+def test_both_factors_of_a_product_are_cut_along_what_it_sums_up(numbers: Registry) -> None:
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a @ b
+
+    x, y = torch.randn(2, 3, 40), torch.randn(2, 40, 5)
+    graph = qhw.capture(Product().eval(), (x, y))
+    text = MXFP4 + 'kernels.mm = { input = ["live"], weight = ["live"], output = ["live"] }\n'
+    target = parse_target(text + 'operators.MatMul = { kernels = ["mm"] }\n')
+    result = qhw.quantize(graph, target, registry=numbers)
+    found = [result.quantizer(p.name) for p in result.plan.points if p.role == "input"]
+    assert [q.axis for q in found if isinstance(q, DynamicQuantizer)] == [-1, -2]
+
+
 def test_live_scales_cost_no_bytes(images: Tensor, numbers: Registry, spec: TargetSpec) -> None:
     graph = qhw.capture(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), images[:2])
     small = qhw.quantize(graph, spec, registry=numbers)

@@ -126,7 +126,7 @@ def test_any_block_is_what_the_specification_says(name: str, values: list[float]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("shape", "axis"), [((3, 40), -1), ((2, 7, 33), -1), ((2, 33, 4, 3), 1)])
+@pytest.mark.parametrize(("shape", "axis"), [((3, 40), -1), ((2, 7, 33), -1), ((2, 33, 5), -2), ((2, 33, 4, 3), 1)])
 def test_live_tensors_are_cut_into_blocks_along_the_axis(name: str, shape: tuple[int, ...], axis: int) -> None:
     x = samples(shape, 5)
     live = grid(name)
@@ -181,5 +181,5 @@ def test_a_live_quantizer_of_another_form_is_refused(change: dict[str, Any]) -> 
     qparams = qparams_from_range(torch.tensor(-1.0), torch.tensor(1.0), live, PerTensor())
     if change.pop("qparams", None):
         qparams = qparams_from_range(-torch.ones(2), torch.ones(2), live, PerAxis(0))
-    with pytest.raises(RangeError, match="axis must be 1, -1 or None, with qparams per tensor"):
+    with pytest.raises(RangeError, match="axis must be 1, -1, -2 or None, with qparams per tensor"):
         DynamicQuantizer(qparams, live, **change)
