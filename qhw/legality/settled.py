@@ -79,6 +79,11 @@ def _with_clips(operators: list[ArtefactOperator]) -> list[ArtefactOperator]:
         e = operator.output.encoding
         if operator.kind in CLIPS and e is not None and e.signed is not None:
             narrow[operator.output.tensor] = narrowed(operator, e)
+        elif operator.kind in (*_CARRYING, "MaxPool") and e is not None and operator.inputs:
+            # Quantized once more behind what only passes values on, a value has the codes that it had.
+            before = narrow.get(operator.inputs[0].tensor)
+            if before is not None and before.same_grid(e):
+                narrow[operator.output.tensor] = before
 
     def of(use: Use) -> Use:
         found = narrow.get(use.tensor)

@@ -123,6 +123,17 @@ def test_a_clip_in_front_of_the_first_quantizer_narrows_what_is_read(judged: Any
         assert report.operators[0].status == "passed"
 
 
+def test_behind_a_view_a_value_has_the_codes_that_it_had(broken_by: Broken) -> None:
+    f = OnnxFile()
+    x = f.op("Clip", [f.given("x", [1, 8, 1, 1]), f.stored("low", np.float32(-127 / 16))], "clip")
+    flat = f.pair(f.op("Flatten", [f.pair(x, A)], "flat", axis=1), A)
+    weight = f.weight("w", np.ones((4, 8), int), grid([2.0**-7] * 4))
+    f.gives(f.pair(f.op("Gemm", [flat, weight], "gemm", transB=1), A))
+    wide = {"bits": 8, "signed": True, "zero_point": 0, "per": "tensor"}
+    changes = {"formats.a8.codes": [-127, 127], "formats.y8": wide, "kernels.mac.output": ["y8"]}
+    assert broken_by(f, changes) == set()
+
+
 @pytest.mark.parametrize(
     ("fallback", "status"),
     [
