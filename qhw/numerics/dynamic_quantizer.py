@@ -70,7 +70,7 @@ class DynamicQuantizer(FakeQuantizer):
         missing = -size % block
         if missing:  # filled up with 0.0, which every range holds
             y = torch.nn.functional.pad(y, (0, 0) * (y.dim() - 1 - axis) + (0, missing))
-        blocks = y.unflatten(axis, (-1, block))
+        blocks = y.reshape(*y.shape[:axis], -1, block, *y.shape[axis + 1 :])
         low, high = blocks.detach().float().aminmax(dim=axis + 1, keepdim=True)
         found = self._on_own_scales(blocks, low, high).flatten(axis, axis + 1)
         return (found.narrow(axis, 0, size) if missing else found).reshape(x.shape)
