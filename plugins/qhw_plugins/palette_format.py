@@ -14,13 +14,13 @@ from qhw.numerics import (
     ElementSet,
     Grid,
     PaletteElements,
+    PaletteEntry,
     PerAxis,
     QParams,
     fake_quantize,
     legal_scale,
     range_of,
 )
-from qhw.numerics.palette import Entry
 from qhw.schema import Format, Palette, TargetSpec
 from qhw_plugins.sites import TAKEN
 from qhw_plugins.weight_loss import sqnr_db
@@ -51,7 +51,7 @@ class PaletteFormat(NumberFormat):
         if not isinstance(spec.palette, Palette) or spec.element_bits is None:
             raise RangeError("palette: must be a table with index_bits and entry. State them.")
         channels = spec.palette.group_channels if isinstance(spec.palette.group_channels, int) else None
-        entry = cast(Entry, spec.palette.entry)
+        entry = cast(PaletteEntry, spec.palette.entry)
         has_scale = spec.shared_per == "out_channel" or entry == "int8"
         return PaletteElements(spec.element_bits, entry, channels, has_scale)
 

@@ -18,7 +18,7 @@ from qhw.numerics.legal_ratios import LARGEST_FLOAT, SMALLEST_NORMAL, LegalRatio
 from qhw.numerics.mse import mse_qparams_from_histogram, mse_qparams_from_tensor
 from qhw.numerics.normal import ChannelNormal
 from qhw.numerics.pairwise import Operands, multiplied_offset, multiplied_range, pair_sums
-from qhw.numerics.palette import PaletteElements
+from qhw.numerics.palette import PaletteElements, PaletteEntry
 from qhw.numerics.qparams import QParams
 from qhw.numerics.quantize import code_dtype, dequantize, fake_quantize, fake_quantize_broadcast, quantize
 from qhw.numerics.range_loss import cross_entropy_qparams
@@ -46,6 +46,7 @@ __all__ = [
     "MinMaxSeries",
     "Operands",
     "PaletteElements",
+    "PaletteEntry",
     "PerAxis",
     "PerGroup",
     "PerTensor",

@@ -13,9 +13,9 @@ from qhw.numerics.clusters import cluster_rows
 from qhw.numerics.elements import ElementSet
 from qhw.numerics.float_elements import FloatElements
 
-__all__ = ["Entry", "PaletteElements"]
+__all__ = ["PaletteElements", "PaletteEntry"]
 
-Entry = Literal["float32", "float16", "bfloat16", "int8"]
+PaletteEntry = Literal["float32", "float16", "bfloat16", "int8"]
 _WIDTH = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8}
 _LARGEST_INT8 = 127
 
@@ -38,7 +38,7 @@ class PaletteElements(ElementSet):
     def __init__(
         self,
         index_bits: int,
-        entry: Entry,
+        entry: PaletteEntry,
         group_channels: int | None = None,
         has_scale: bool = False,
         table: Tensor | None = None,
@@ -46,7 +46,7 @@ class PaletteElements(ElementSet):
         if not 1 <= index_bits <= 8:
             raise RangeError(f"palette: index_bits must be 1 to 8; got {index_bits}. Use a narrower index.")
         self.index_bits = index_bits
-        self.entry: Entry = entry
+        self.entry: PaletteEntry = entry
         self.group_channels = group_channels
         self.has_scale = has_scale
         self.table = table
@@ -208,7 +208,7 @@ class _Restore:
         return x if self._axis is None else x.movedim(0, self._axis).contiguous()
 
 
-def _as_entries(centres: Tensor, entry: Entry) -> Tensor:
+def _as_entries(centres: Tensor, entry: PaletteEntry) -> Tensor:
     """Centres in the type of an entry, as float32; rounding keeps their order."""
     if entry == "int8":
         return centres.round().clamp(-_LARGEST_INT8 - 1, _LARGEST_INT8).float()

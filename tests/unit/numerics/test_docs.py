@@ -22,6 +22,7 @@ def test_the_example_gives_the_codes_beside_it():
 
 def test_the_example_of_small_floats_holds():
     (example,) = re.findall(r"```python\n((?:(?!```).)*FloatElements.*?)```", PAGE, re.DOTALL)
+    assert example.count("assert ") == 2  # the page says itself what must hold
     exec(compile(example, "docs/numerics.md", "exec"), {})  # noqa: S102
 
 

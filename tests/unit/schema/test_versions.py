@@ -82,7 +82,7 @@ def test_frozen_files_survive_json(name: str) -> None:
 def test_every_recorded_field_of_the_example_is_named_by_lint() -> None:
     spec = load_target_file(FOLDER / "v1-example.toml")
     said = {finding.path for finding in lint(spec) if finding.message == "recorded, not used yet."}
-    assert {"formats.a8.scale.rounding", "kernels.mac.simd_lanes", "operators.Conv.output", "valid_for"} <= said
+    assert {"formats.a8.scale.rounding", "kernels.mac.simd_lanes", "operators.Conv.weight_axis", "valid_for"} <= said
     assert "formats.a8.scale.kind" not in said and "operators.Conv.limits.kernel" not in said
 
 
