@@ -80,6 +80,8 @@ def _encodings(data: Mapping[str, Any], label: str) -> tuple[dict[str, Encoding]
     passed: list[str] = []
     if version == "2.0.0":
         for name, entry in _named(data.get("encodings"), label):
+            if not isinstance(entry, dict):
+                raise ArtefactError(f"{label}: {name}: must be an object; got {type(entry).__name__}. Export it again.")
             encoding = _of_version_2(entry, f"{label}: {name}")
             if encoding is None:
                 passed.append(name)

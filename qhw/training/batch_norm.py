@@ -42,11 +42,16 @@ class SyncedBatchNorm(BatchNorm):
         momentum: Share of each batch in the running statistics; None averages over all batches.
         eps: What is added to the variance.
         name: Of the layer, for messages.
+
+    Attributes:
+        reader: The quantizer that alone reads the output, which then makes it again for its gradient; empty at the
+            start. A tuple, since the quantizer has its own place in the model.
     """
 
     def __init__(self, momentum: float | None, eps: float, name: str) -> None:
         super().__init__(momentum, eps)
         self.name = name
+        self.reader: tuple[LearnedQuantizer, ...] = ()
 
     @classmethod
     def taking(cls, norm: BatchNorm, name: str) -> "SyncedBatchNorm":
@@ -66,6 +71,8 @@ class SyncedBatchNorm(BatchNorm):
             return super().forward(x)
         if not is_distributed():
             self._check_count(x.numel() // max(x.shape[1], 1))
+            if self.reader and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+                return self._handing_over(x, self.reader[0])
             return super().forward(x)
         mean, var, count = self.statistics(x)
         self.update(mean, var, count)
@@ -74,20 +81,16 @@ class SyncedBatchNorm(BatchNorm):
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return (x * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
 
-    def with_affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In training and alone: the normalized tensor, and what x was multiplied by and what was added: [channels].
-
-        Raises:
-            TrainingError: a batch has one value per channel.
-        """
-        self._check_count(x.numel() // max(x.shape[1], 1))
+    def _handing_over(self, x: Tensor, reader: LearnedQuantizer) -> Tensor:
+        """In training and alone: the normalized tensor; its reader gets what x was multiplied by and what was added."""
         share = self.count_batch()
         tensors = self.weight, self.bias, self.running_mean, self.running_var
         normalized, mean, deviation = torch.native_batch_norm(x, *tensors, True, share, self.eps)
         with torch.no_grad():
             factor = deviation if self.weight is None else deviation * self.weight
             offset = -mean * factor if self.bias is None else self.bias - mean * factor
-        return normalized, factor, offset
+        reader.made_of = (x, factor, offset)
+        return normalized
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and biased variance of each channel over the batch of all processes, differentiable; values per channel.
@@ -190,19 +193,9 @@ class KeptNorm(NormLayer):
         Nagel et al., 2021, arXiv:2106.08295, section 4.2, eq. 41.
     """
 
-    # A tuple of the quantizer that alone reads the output: no submodule, since it has its own place in the model.
-    reader: tuple[LearnedQuantizer, ...] = ()
-
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """The normalized output; `weight` comes quantized."""
-        y = self.call(x, weight)
-        norm = self.batch_norm
-        is_plain = norm.training and y.dtype == torch.float32 and norm.weight is not None and norm.bias is not None
-        if not self.reader or not is_plain or is_distributed() or torch.compiler.is_compiling():
-            normalized: Tensor = norm(y)
-            return normalized
-        normalized, factor, offset = norm.with_affine(y)
-        self.reader[0].made_of = (y, factor, offset)
+        normalized: Tensor = self.batch_norm(self.call(x, weight))
         return normalized
 
 

@@ -76,7 +76,7 @@ def fuse_norms(graph: Graph) -> None:
         if not isinstance(reader, LearnedQuantizer) or type(reader).forward is not LearnedQuantizer.forward:
             continue
         if calls[str(users[0].target)] == 1:
-            norm.reader = (reader,)
+            norm.batch_norm.reader = (reader,)
 
 
 def drop_results(graph: Graph) -> None:

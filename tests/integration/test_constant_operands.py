@@ -73,7 +73,7 @@ def test_onnxruntime_gives_the_same_codes(name: str, formats: dict[str, str], tm
 KINDS = {"+": "ADD", "*": "MUL", "-": "SUB"}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [pytest.param(s, marks=[] if s == "row" else pytest.mark.slow) for s in SHAPES])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_litert_gives_the_same_codes(name: str, shape: str) -> None:
     pytest.importorskip("ai_edge_litert")

@@ -35,6 +35,8 @@ from tests.integration.test_litert_operators import (
 )
 from tests.litert_support import Codes, Encoding, schema
 
+pytestmark = pytest.mark.slow
+
 # Sizes, old and new, whose ratio or its inverse is rounded to float32 such that a position lies at another element.
 ROUNDED_SIZES = ((14, 46), (26, 22), (28, 46), (39, 33), (54, 38))
 # Scales with sqrt(k scale) / result next to whole numbers: a quotient and a product with 1 / result lie on two sides.

@@ -17,6 +17,8 @@ from qhw.integer import IntegerModel
 from qhw.schema import parse_target
 from tests.litert_network import build_network, run_network
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[3] / "shared" / "data"
 BATCH = 100
 # Clauses that decide ties in the millions; those of single operators are told apart in test_litert_operators.py.

@@ -29,6 +29,8 @@ from tests import litert_support as litert
 from tests.integer_support import FunctionOf
 from tests.litert_support import Codes, Encoding, schema
 
+pytestmark = pytest.mark.slow
+
 TARGET = "google/litert-int8"
 KINDS = ("random", "decimal", "power_of_two")
 

@@ -27,6 +27,8 @@ from tests.random_grids import SCALES, grid_of, input_of
 from tests.random_outcome import Mutant, Outcome
 from tests.random_pairs import every_pair, pairs
 
+pytestmark = pytest.mark.slow
+
 QUICK = (0, 2, 3, 4, 6, 7, 9, 12, 14, 15, 17, 18, 20, 21, 22, 23, 26, 28, 48, 74)
 # What a run of many draws at least once: it says nothing of what it does not hold.
 STEPS = {

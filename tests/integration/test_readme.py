@@ -2,6 +2,7 @@
 """The README, followed to the letter: its target, its model, its commands, its Python, and what it says they print."""
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def commands() -> Iterator[str]:
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
     status: object = 0
     try:
         main()

@@ -9,13 +9,12 @@ import torch
 
 import qhw
 from qhw.engine import SilentProgress
-from tests.machine import has_vnni
+from tests.machine import onnxruntime_here
 from tests.training_support import images, network, steps
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
-# Each machine proves the target that it is: without VNNI pairs of products saturate.
-TARGET = "onnxruntime/cpu-x86-vnni" if has_vnni() else "onnxruntime/cpu-x86-avx2"
+TARGET = onnxruntime_here()
 WAYS = {
     "as planned": {},
     "kept": {"prefer": ["kept_batch_norm"]},

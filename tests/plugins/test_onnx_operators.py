@@ -18,9 +18,10 @@ from qhw import load_target
 from qhw.graph.kinds import ATEN_KINDS, FALLBACK_KINDS, MODULE_KINDS
 from qhw_plugins.onnx_qdq import OnnxQdq
 from qhw_plugins.onnxruntime_executor import OnnxRuntime
+from tests.machine import onnxruntime_here
 from tests.plugins import onnx_support as support
 
-TARGETS = ("onnxruntime/cpu-x86-vnni", "google/litert-int8", "espressif/esp32-p4")
+TARGETS = (onnxruntime_here(), "google/litert-int8", "espressif/esp32-p4")
 IMAGE, LINE, ROWS, TOKENS = (2, 4, 8, 8), (2, 4, 9), (2, 12), (2, 5, 8)
 
 

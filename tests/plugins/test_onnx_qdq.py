@@ -22,9 +22,10 @@ from qhw.graph import capture
 from qhw.testing import MODELS, calibration_for, example
 from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 from qhw_plugins.onnxruntime_executor import OnnxRuntime, optimized_operators
+from tests.machine import has_vnni, onnxruntime_here
 from tests.plugins import onnx_support as support
 
-CPU = "onnxruntime/cpu-x86-vnni"
+CPU = onnxruntime_here()
 IMAGES = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
 
@@ -115,7 +116,9 @@ def test_the_opset_is_the_lowest_that_holds_the_formats(formats: str, expected: 
     result = support.quantized(small_conv(), IMAGES, spec)
     path = support.exported(result, tmp_path)
     assert opset(path) == expected
-    support.assert_within_one_code(result, run(path, result, IMAGES), support.simulated(result, IMAGES))
+    # Without VNNI onnxruntime adds pairs of products of uint8 and int8 in 16 bits, which this target does not say.
+    if has_vnni() or formats != "u8 activations, weights per axis":
+        support.assert_within_one_code(result, run(path, result, IMAGES), support.simulated(result, IMAGES))
 
 
 def test_weights_per_group_need_opset_21(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def check(graph, kernels, operators, float_outputs, placement):
 
 
 @given(target=targets(), graph=graphs())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @also(  # an operand that reads one tensor twice, in formats that differ
     target=(
         HEAD
