@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
