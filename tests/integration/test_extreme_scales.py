@@ -14,6 +14,8 @@ from qhw.errors import CalibrationError, QhwError, RangeError
 from qhw.integer import IntegerModel
 from qhw.verification import verify
 
+pytestmark = pytest.mark.slow
+
 ORT, LITERT = "onnxruntime/cpu-x86-vnni", "google/litert-int8"
 PIPELINES = ["ranges-ptq", "whitepaper-ptq"]
 # Factor of weights, of biases, of which layers (None: all), of the inputs.

@@ -13,6 +13,8 @@ import qhw
 from qhw.engine import SilentProgress
 from qhw.errors import CalibrationError, PlanError
 
+pytestmark = pytest.mark.slow
+
 TARGET = "whitepaper/generic-int8"
 FORMATS = {"*.weight": "w4"}
 IMAGE = (3, 12, 12)

@@ -35,6 +35,7 @@ def assert_alike(one, other, *, rtol, atol):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_a_state_dict_brings_a_second_result_to_the_same_state(way):
     one, other = trainable(**WAYS[way]), trainable(network(5), images(seed=8), **WAYS[way])
     steps(one, 3)
@@ -89,6 +90,7 @@ def test_it_compiles_in_one_graph(way, mode):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_it_trains_under_autocast(way):
     result = trainable(**WAYS[way])
     result.train()
@@ -107,6 +109,7 @@ def test_it_trains_under_autocast(way):
 
 
 @pytest.mark.parametrize("way", ["static", "lsq+"])
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_one_batch(way):
     words = dict(WAYS[way])
     words["train"] = {**words.get("train", {}), "without": ["kept_batch_norm"]}

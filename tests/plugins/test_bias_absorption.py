@@ -574,6 +574,7 @@ def test_an_edited_plan_cannot_add_a_site_that_is_none(prepare: Prepare) -> None
 
 
 @pytest.mark.needs_data
+@pytest.mark.slow
 def test_the_unbalanced_network_keeps_its_function(prepare: Prepare) -> None:
     """Its batch norms have no beta above 3 |gamma|, so that absorption finds nothing and changes nothing."""
     pytest.importorskip("PIL")

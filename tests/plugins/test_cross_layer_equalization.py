@@ -833,6 +833,7 @@ def benchmark_models() -> Any:
 
 @pytest.mark.needs_data
 @pytest.mark.parametrize(("name", "pairs"), [("unbalanced", 37), ("resnet20", 9)])
+@pytest.mark.slow
 def test_real_models_keep_their_function(prepare: Prepare, benchmark_models: Any, name: str, pairs: int) -> None:
     model = benchmark_models.resnet(20) if name == "resnet20" else benchmark_models.mobilenet_v2(unbalanced=True)
     images, _ = benchmark_models.cifar10("test", 64)

@@ -14,6 +14,8 @@ from qhw.extension import Registry
 from qhw_plugins import batch_norm_folding, bias_absorption, cross_layer_equalization, min_max, nearest
 from tests.equalizing import registry_of
 
+pytestmark = pytest.mark.slow
+
 TARGET = "whitepaper/generic-int8"
 PLUGINS = (batch_norm_folding, bias_absorption, cross_layer_equalization, min_max, nearest)
 # Sites of equalization, and of absorption. MobileNetV2 has ReLU6, whose bound no scale may move: two pairs without one.

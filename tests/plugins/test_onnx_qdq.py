@@ -300,6 +300,7 @@ def test_a_bias_past_32_bits_is_added_in_float(values: Tensor, tmp_path: Path) -
         ),
     ],
 )
+@pytest.mark.slow
 def test_recurrent_layers_run_in_float(make: Any, tmp_path: Path) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -165,6 +165,7 @@ def test_what_makes_it_needless_is_named(spec: Any, expected: str) -> None:
     assert expected in refused
 
 
+@pytest.mark.slow
 def test_a_real_model_keeps_its_accuracy_and_its_codes_are_those_of_exact_sums() -> None:
     net, example = digits.model()
     samples, labels = (torch.cat(parts) for parts in zip(*digits.evaluation(), strict=True))

@@ -180,6 +180,7 @@ save_result(result, Path(sys.argv[2]), hang)
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["nothing-there", "old-result-there"])
+@pytest.mark.slow
 def test_killed_half_way_there_is_no_folder_or_the_old_one(
     result: QuantizedModel, saved: Path, tmp_path: Path, is_replaced: bool
 ) -> None:

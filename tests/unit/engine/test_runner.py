@@ -296,6 +296,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_fresh_processes_give_the_same_bytes() -> None:
     def once(size: int, **variables: str) -> str:
         paths = ":".join(str(ROOT / place) for place in (".", "plugins", "targets"))

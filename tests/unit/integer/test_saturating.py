@@ -18,6 +18,8 @@ from qhw.integer import IntegerModel
 from tests import integer_support as reference
 from tests.integer_support import Grid, fill, quantized
 
+pytestmark = pytest.mark.slow
+
 PHASES = (Phase.explicit, Phase.generate)
 ORDERS = ("channel_fastest", "kernel_fastest")
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -16,6 +16,8 @@ from qhw.integer import IntegerModel
 from tests import integer_support as reference
 from tests.integer_support import SINGLE, FunctionOf, Grid, quantized, result_of, rounded
 
+pytestmark = pytest.mark.slow
+
 SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b}
 WIDE = 'bits = 32, overflow = "saturate"'
 

@@ -134,6 +134,7 @@ def test_results_are_legal(grid):
 
 @pytest.mark.parametrize("zero_point", [0, None], ids=["symmetric", "free"])
 @pytest.mark.parametrize("granularity", [PerAxis(0), PerAxis(1), PerGroup(1, 4)], ids=str)
+@pytest.mark.slow
 def test_each_share_gets_what_it_would_get_alone(granularity, zero_point):
     x = torch.from_numpy(sample("gauss")[: 6 * 10 * 9].reshape(6, 10, 9).copy())
     x *= torch.linspace(0.1, 20, 6)[:, None, None]

@@ -151,6 +151,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("requantize", CASES.values(), ids=CASES.keys())
+@pytest.mark.slow
 def test_the_script_recomputes_every_operator_by_every_requantization(requantize: str, tmp_path: Path) -> None:
     result, data = quantized(Everything(), target(requantize))
     made = qhw.golden(result, tmp_path / "v", data, samples=2)
