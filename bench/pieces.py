@@ -51,10 +51,18 @@ def save(piece: Piece, folder: Path) -> None:
     (folder / f"{piece.key}.json").write_text(json.dumps(asdict(piece), indent=1) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, keys: list[str]) -> list[Piece]:
-    """The pieces of a page in its order; exits with one line where one is missing or was made elsewhere."""
+def load(folder: Path, keys: list[str], may_miss: bool = False) -> list[Piece]:
+    """The pieces of a page in its order; exits with one line where one is missing or was made elsewhere.
+
+    Args:
+        folder: Where `save` wrote them.
+        keys: Those of the page, in its order.
+        may_miss: Leave out what is missing, if something is there.
+    """
     missing = [key for key in keys if not (folder / f"{key}.json").is_file()]
-    if missing:
+    if may_miss and len(missing) < len(keys):
+        keys = [key for key in keys if key not in missing]
+    elif missing:
         sys.exit(f"error: {folder}: {', '.join(missing)} not there. Measure them with --part and --save.")
     found = [Piece(**json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))) for key in keys]
     made = sorted({piece.made_with for piece in found})

@@ -7,7 +7,7 @@
 
 In several processes, each with `--part NAME --save FOLDER`, then once:
 
-    python -m bench.qat --join FOLDER                     # writes bench/QAT.md
+    python -m bench.qat --join FOLDER                     # writes bench/QAT.md, and names the parts that are missing
 
 Protocol: the schedule is short: 12,800 training images, two epochs of batches of 128 (200 steps), flipped and shifted
 by up to three pixels, Adam, learning rate 1e-3 falling to 0 along a cosine; seed 0. The float model is fine-tuned by
@@ -257,6 +257,9 @@ def page(pieces: list[Piece]) -> str:
         f"{pieces[0].made_with}; {sum(piece.cpu_seconds for piece in pieces) / 60:.0f} CPU minutes.",
         "",
     ]
+    missing = [key for key in PARTS if key not in {piece.key for piece in pieces}]
+    if missing:
+        lines += [f"Not measured: {', '.join(missing)}.", ""]
     is_open = False
     for piece in pieces:
         if piece.key in NETWORKS and not is_open:
@@ -280,7 +283,7 @@ def main() -> None:
         parser.error("--quick measures nothing worth keeping; leave --save out")
     keys = [arguments.part] if arguments.part else list(PARTS)
     if arguments.join:
-        pieces = load(arguments.join, keys)
+        pieces = load(arguments.join, keys, may_miss=not arguments.part)
     else:
         torch.set_num_threads(1)
         bench = Bench(arguments.quick)

@@ -68,8 +68,15 @@ def build(result: QuantizedModel, opset: int | None, batch: str | int, int4: boo
 
 
 def _lowered(result: QuantizedModel, wanted: int | None, varying: Varying, int4: bool) -> Lowering:
-    """Build at the lowest opset; again at the one that turns out to be needed."""
-    opset = wanted or LOWEST_OPSET
+    """Build at the lowest opset the target takes; again at the one that turns out to be needed."""
+    stated = result.target.artefact.opset_min if result.target.artefact is not None else None
+    lowest = max(LOWEST_OPSET, stated) if isinstance(stated, int) else LOWEST_OPSET
+    if wanted is not None and wanted < lowest and isinstance(stated, int):
+        raise ExportError(
+            f"exporter 'onnx_qdq': '{result.target.name}' takes opset {stated} or later (artefact.opset_min); got "
+            f"{wanted}. Raise opset=, or leave it out."
+        )
+    opset = wanted or lowest
     while True:
         lowering = Lowering(result, opset, varying, int4)
         lowering.run(_outputs(result))

@@ -36,7 +36,7 @@ class Artefact(Table):
     exporter: Word | None = used("Name of the exporter plugin that writes the artefact.")
     executor: Word | None = used("Name of the executor plugin that runs it.")
     file_format: Word | None = recorded("What the toolchain calls its input: `TFLite`, `ONNX QDQ`, `DLC`.")
-    opset_min: Count | Unknown | None = recorded("Lowest ONNX opset the artefact needs.")
+    opset_min: Count | Unknown | None = used("Lowest ONNX opset the toolchain takes; none below is written.")
     host_cpu_flags: tuple[Word, ...] | Unknown | None = recorded(
         "CPU flags of which the host needs one for the executor to compute as this target does."
     )

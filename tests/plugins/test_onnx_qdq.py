@@ -19,6 +19,7 @@ import qhw
 from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
 from qhw.graph import capture
+from qhw.schema.system import Artefact
 from qhw.testing import MODELS, calibration_for, example
 from qhw_plugins.onnx_qdq import OnnxQdq, OnnxQdqOptions
 from qhw_plugins.onnxruntime_executor import OnnxRuntime, optimized_operators
@@ -148,6 +149,16 @@ def test_an_opset_that_holds_the_model_is_written_when_asked(wanted: int, tmp_pa
     path = support.exported(result, tmp_path, opset=wanted)
     assert opset(path) == wanted
     support.assert_within_one_code(result, run(path, result, IMAGES), support.simulated(result, IMAGES))
+
+
+def test_no_opset_below_the_target_s_is_written(tmp_path: Path) -> None:
+    spec = support.target(tmp_path, *support.FORMATS["s8 activations"])
+    assert opset(support.exported(support.quantized(small_conv(), IMAGES, spec), tmp_path)) == 13
+    later = spec.model_copy(update={"artefact": Artefact(opset_min=17)})
+    result = support.quantized(small_conv(), IMAGES, later)
+    assert opset(support.exported(result, tmp_path)) == 17
+    with pytest.raises(ExportError, match=r"'acme/onnx' takes opset 17 or later \(artefact.opset_min\); got 13\."):
+        support.exported(result, tmp_path, opset=13)
 
 
 @pytest.mark.parametrize(
