@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qhw.schema.arithmetic import Accumulator, Bias, Requantize
 from qhw.schema.content import ABSENT, frozen
+from qhw.schema.operators import Approximation
 from qhw.schema.words import joined, value_words
 
 __all__ = ["Difference", "Section", "merged"]
@@ -15,7 +17,8 @@ Section = Literal["operators", "formats", "arithmetic", "rules", "target"]
 Change = Literal["added", "removed", "changed"]
 OPERANDS = ("activations", "inputs", "results", "weights")
 NUMBERS = re.compile(r"\w+( \[-?\d+, -?\d+\])?")
-ABSENT_VALUES = [value for means in ABSENT.values() for value in means.values()]
+TABLES = {"accumulator": Accumulator, "approximation": Approximation, "bias": Bias, "requantize": Requantize}
+"""Fields whose tables mean something by what they leave out."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,11 @@ def merged(differences: Iterable[Difference]) -> tuple[Difference, ...]:
 def _told(subject: str, value: Any) -> str:
     """A value in words, with the unit that its field has."""
     if isinstance(value, dict):
-        first = [key for key in ("kind", "bits", "overflow", "rounding") if key in value]
-        rest = [key for key in value if key not in first]
-        words = [_told(key, value[key]) for key in first if (key, value[key]) != ("kind", "integer")]
-        words += [
-            f"{key.replace('_', ' ')} {_told(key, value[key])}" for key in rest if value[key] not in ABSENT_VALUES
-        ]
+        means = ABSENT[TABLES[subject]] if subject in TABLES else {}
+        said = {key: held for key, held in value.items() if key not in means or held != means[key]}
+        first = [key for key in ("kind", "bits", "overflow", "rounding") if key in said]
+        words = [_told(key, said[key]) for key in first]
+        words += [f"{key.replace('_', ' ')} {_told(key, held)}" for key, held in said.items() if key not in first]
         return ", ".join(words) or "none"
     if isinstance(value, int) and not isinstance(value, bool) and subject.endswith("bits"):
         return f"{value} bits"

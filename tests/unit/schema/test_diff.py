@@ -159,6 +159,15 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
         [("limits = { kernel = { max = 7 } }", "limits = {}")],
         ["limits kernel of Conv: max 7 -> not stated"],
     ),
+    "a limit comes": (
+        [
+            (
+                'operators.Gemm = { kernels = ["mac"] }',
+                'operators.Gemm = { kernels = ["mac"], limits.rank = { max = 1 } }',
+            )
+        ],
+        ["limits rank of Gemm: not stated -> max 1"],
+    ),
     "fusions": (
         [('fused = ["Relu", ["Add", "Relu"]]', 'fused = [["Add", "Relu"], "Clip"]')],
         ["fused of Conv: Relu is gone", "fused of Conv: adds Clip"],
@@ -192,6 +201,18 @@ CASES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
 def test_a_change_in_words(case: str) -> None:
     changes, expected = CASES[case]
     assert told(*changes) == expected
+
+
+def test_a_whole_table_is_told_without_what_its_absence_means_alone() -> None:
+    """1 is not the `true` that absence means of another field, nor is "refuse" the word of another table."""
+    rest = 'scale = "input*weight", max_channels = 1, required = true, out_of_range = WORD }'
+    full, usual = (
+        spec(('scale = "input*weight" }', rest.replace("WORD", word))) for word in ('"refuse"', '"enlarge_scale"')
+    )
+    none = spec(('bias = "wide"', 'bias = "none"'))
+    told_in_full = "bias of Conv and Gemm: 32 bits, scale input*weight, max channels 1, required yes"
+    assert [one.sentence() for one in diff(full, none)] == [f"{told_in_full}, out of range refuse -> none"]
+    assert [one.sentence() for one in diff(usual, none)] == [f"{told_in_full} -> none"]
 
 
 def test_two_kernels_of_which_one_changes_are_told_apart_by_their_formats() -> None:
