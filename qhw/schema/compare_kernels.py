@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from itertools import product, zip_longest
 from typing import Any
 
-from qhw.schema.content import changed_leaves, content, format_parts, frozen
+from qhw.schema.content import arithmetic_content, changed_leaves, format_parts, frozen
 from qhw.schema.difference import Difference
-from qhw.schema.kernels import Kernel
+from qhw.schema.kernels import OPERANDS
 from qhw.schema.kinds import TWO_ACTIVATIONS
 from qhw.schema.operators import Operator
 from qhw.schema.spec import TargetSpec
@@ -16,9 +16,7 @@ from qhw.schema.words import joined
 
 __all__ = ["kernel_differences"]
 
-OPERANDS = ("input", "weight", "output")
 PARTS = ("number", "zero point", "sharing", "scale")
-RULES = {"bias": "biases", "accumulator": "accumulators", "requantize": "requantize"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _rows(spec: TargetSpec, operator: Operator, kind: str) -> Rows:
         weights = _grids(spec, kernel.weight)
         if kind in TWO_ACTIVATIONS and kernel.weight is None:
             weights = inputs
-        arithmetic = _arithmetic(spec, kernel)
+        arithmetic = arithmetic_content(spec, kernel)
         for row in product(inputs, weights, _grids(spec, kernel.output)):
             known = found.setdefault(row, [])
             if arithmetic not in known:
@@ -103,16 +101,6 @@ def _grids(spec: TargetSpec, names: Any) -> list[Grid]:
         parts = format_parts(spec.formats[name])
         found.append(Grid(frozen([parts[name][0] for name in PARTS]), parts))
     return found
-
-
-def _arithmetic(spec: TargetSpec, kernel: Kernel) -> dict[str, Any]:
-    """Everything a kernel says beside its formats, ids resolved."""
-    held = {name: item for name, item in content(kernel).items() if name not in OPERANDS}
-    for name, section in RULES.items():
-        table = getattr(spec, section)
-        if held.get(name) in table:
-            held[name] = content(table[held[name]])
-    return held
 
 
 def _format_differences(before: Rows, after: Rows, kind: str) -> Iterator[Difference]:

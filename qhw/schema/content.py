@@ -8,10 +8,12 @@ from pydantic import BaseModel
 
 from qhw.schema.arithmetic import Accumulator, Bias, Requantize
 from qhw.schema.formats import Format
+from qhw.schema.kernels import OPERANDS, Kernel
 from qhw.schema.operators import Approximation, LimitRange, Operator
+from qhw.schema.spec import TargetSpec
 from qhw.schema.words import number_words, scale_words, sharing_words, zero_point_words
 
-__all__ = ["ABSENT", "changed_leaves", "content", "format_parts", "frozen", "limit_content"]
+__all__ = ["ABSENT", "arithmetic_content", "changed_leaves", "content", "format_parts", "frozen", "limit_content"]
 
 Content = Any
 
@@ -26,6 +28,9 @@ ABSENT: Mapping[type[BaseModel], Mapping[str, Any]] = {
 
 NUMBER_FIELDS = ("exponent_bits", "mantissa_bits", "exponent_bias", "finite_max", "palette", "parameters")
 """What decides the numbers of a format that is no range of integers."""
+
+ARITHMETIC = {"bias": "biases", "accumulator": "accumulators", "requantize": "requantize"}
+"""Fields of a kernel that name an entry, and the section that it stands in."""
 
 
 def content(value: Any) -> Content:
@@ -42,6 +47,16 @@ def content(value: Any) -> Content:
     if isinstance(value, tuple | list):
         return [content(item) for item in value]
     return float(value) if isinstance(value, float) else value
+
+
+def arithmetic_content(spec: TargetSpec, kernel: Kernel) -> Content:
+    """Everything a kernel says beside its formats, ids resolved."""
+    held = {name: item for name, item in content(kernel).items() if name not in OPERANDS}
+    for name, section in ARITHMETIC.items():
+        table = getattr(spec, section)
+        if held.get(name) in table:
+            held[name] = content(table[held[name]])
+    return held
 
 
 def format_parts(form: Format) -> dict[str, tuple[Content, str]]:

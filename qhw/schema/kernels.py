@@ -19,7 +19,10 @@ from qhw.schema.base import (
     used,
 )
 
-__all__ = ["ExponentBound", "Kernel"]
+__all__ = ["OPERANDS", "ExponentBound", "Kernel"]
+
+OPERANDS = ("input", "weight", "output")
+"""Fields of a kernel that list formats."""
 
 Term = Literal["input", "input_2", "weight", "bias", "output", "inputs_min", "inputs_max"]
 
@@ -76,7 +79,7 @@ class Kernel(Table):
 
     def rules(self) -> Iterator[Problem]:
         """Lists of formats are not empty."""
-        for name in ("input", "weight", "output"):
+        for name in OPERANDS:
             if getattr(self, name) == ():
                 yield Problem(
                     (name,), "must list at least one format; got []. Remove the field where there is no such operand."
@@ -84,5 +87,5 @@ class Kernel(Table):
 
     def formats(self) -> tuple[str, ...]:
         """Ids of all formats it names, each once, in order."""
-        listed = (getattr(self, name) for name in ("input", "weight", "output"))
+        listed = (getattr(self, name) for name in OPERANDS)
         return tuple(dict.fromkeys(item for ids in listed if isinstance(ids, tuple) for item in ids))

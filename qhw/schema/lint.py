@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qhw.schema.base import UNKNOWN, Path, leaves
 from qhw.schema.closest import closest
 from qhw.schema.formats import STATED_KINDS, Format
-from qhw.schema.kernels import Kernel
+from qhw.schema.kernels import OPERANDS, Kernel
 from qhw.schema.kinds import OPERATOR_KINDS, TWO_ACTIVATIONS
 from qhw.schema.lint_claims import disagreements, unfounded
 from qhw.schema.lint_numbers import contradictions
@@ -163,7 +163,7 @@ def _operators(spec: TargetSpec) -> Iterator[Remark]:
 
 
 def _kernel_reason(spec: TargetSpec, kernel: Kernel, operator: Operator) -> str | None:
-    for operand in ("input", "weight", "output"):
+    for operand in OPERANDS:
         names = getattr(kernel, operand)
         if names == UNKNOWN:
             return f"{operand} is unknown"

@@ -8,7 +8,7 @@ from typing import Any
 from qhw.schema.arithmetic import Pairwise, Ratio
 from qhw.schema.base import UNKNOWN, Path
 from qhw.schema.formats import Format
-from qhw.schema.kernels import ExponentBound, Kernel
+from qhw.schema.kernels import OPERANDS, ExponentBound, Kernel
 from qhw.schema.messages import shown
 from qhw.schema.operators import LimitRange, Operator
 from qhw.schema.remarks import Remark
@@ -23,7 +23,7 @@ COUNTS = (
     *("height", "width", "elements", "reduced_elements", "depth_multiplier"),
 )
 """Attributes that are counts, 1 or more."""
-SHARED = {"input_output": ("input", "output"), "inputs": ("input", "weight"), "all": ("input", "weight", "output")}
+SHARED = {"input_output": ("input", "output"), "inputs": ("input", "weight"), "all": OPERANDS}
 
 
 def contradictions(spec: TargetSpec) -> Iterator[Remark]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qhw.schema.base import Path, leaves
-from qhw.schema.content import content, frozen
-from qhw.schema.kernels import Kernel
+from qhw.schema.content import arithmetic_content, content, frozen
+from qhw.schema.kernels import OPERANDS, Kernel
 from qhw.schema.kinds import TWO_ACTIVATIONS
 from qhw.schema.messages import shown
 from qhw.schema.operators import WEIGHTED_KINDS, Operator
@@ -35,7 +35,6 @@ READ_BY: Mapping[str, frozenset[str]] = {
     "whole_image": frozenset({"AveragePool"}),
 }
 """Fields that only some kinds read."""
-OPERANDS = ("input", "weight", "output")
 
 
 def unreachable(spec: TargetSpec) -> Iterator[Remark]:
@@ -141,14 +140,8 @@ def _is_wider(spec: TargetSpec, first: Kernel, second: Kernel) -> bool:
 
 
 def _same_rest(spec: TargetSpec, first: Kernel, second: Kernel) -> bool:
-    sides = []
-    for kernel in (first, second):
-        held = {name: item for name, item in content(kernel).items() if name not in OPERANDS}
-        for field, section in (("bias", "biases"), ("accumulator", "accumulators"), ("requantize", "requantize")):
-            table = getattr(spec, section)
-            held[field] = content(table[held[field]]) if held.get(field) in table else held.get(field)
-        sides.append(frozen(held))
-    return bool(sides[0] == sides[1])
+    one, other = (frozen(arithmetic_content(spec, kernel)) for kernel in (first, second))
+    return bool(one == other)
 
 
 def _of_weights(spec: TargetSpec, kind: str, operator: Operator) -> Iterator[Remark]:

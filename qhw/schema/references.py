@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from qhw.schema.base import UNKNOWN, Path, Problem, Table
 from qhw.schema.closest import closest
+from qhw.schema.kernels import OPERANDS
 from qhw.schema.messages import one_line
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _problems(spec: "TargetSpec") -> Iterator[Problem]:
     yield from _reserved(spec)
     for name, kernel in spec.kernels.items():
         here: Path = ("kernels", name)
-        for operand in ("input", "weight", "output"):
+        for operand in OPERANDS:
             yield from _known((*here, operand), getattr(kernel, operand), spec.formats, "Formats")
         bias = None if kernel.bias == "none" else kernel.bias
         yield from _known((*here, "bias"), bias, spec.biases, "Biases")
