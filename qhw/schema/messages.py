@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from qhw.schema.base import Path, Problem, Says
 from qhw.schema.closest import closest
+from qhw.schema.words import joined
 
 __all__ = ["MAX_ERRORS", "describe", "field_type", "members", "one_line", "problems_of", "shown"]
 
@@ -62,8 +63,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], data: Any) -> tu
 
 def describe(annotation: Any) -> str:
     """What a field may hold, in words: `an integer from 1 to 64 or "unknown"`."""
-    said = list(dict.fromkeys(_alternatives(annotation)))
-    return said[0] if len(said) == 1 else f"{', '.join(said[:-1])} or {said[-1]}"
+    return joined(dict.fromkeys(_alternatives(annotation)), "or")
 
 
 def shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
 from qhw.schema.operators import WEIGHTED_KINDS, Approximation, Operator
 from qhw.schema.spec import TargetSpec
+from qhw.schema.words import joined
 
 __all__ = ["FUNCTION_KINDS", "OpenField", "open_fields"]
 
@@ -62,8 +63,8 @@ class OpenField:
         """As `absent: qhw verify and qhw golden cannot answer for Conv and Gemm`."""
         if self.effect:
             return f"{self.value}: {self.effect}"
-        about = f" for {_joined(self.kinds)}" if self.kinds else ""
-        return f"{self.value}: {_joined(self.commands)} cannot answer{about}{f', {self.where}' if self.where else ''}"
+        about = f" for {joined(self.kinds)}" if self.kinds else ""
+        return f"{self.value}: {joined(self.commands)} cannot answer{about}{f', {self.where}' if self.where else ''}"
 
 
 def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
@@ -261,7 +262,3 @@ def _of_target(spec: TargetSpec) -> Iterator[OpenField]:
     if executor is None:
         effect = "qhw verify cannot run the artefact, and compares with the simulation alone"
         yield OpenField(("artefact", "executor"), "absent", (), ("qhw verify",), effect=effect)
-
-
-def _joined(words: tuple[str, ...]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
