@@ -86,11 +86,11 @@ def _state(row: Operator | None) -> str:
 def _rules(spec: TargetSpec, row: Operator) -> dict[str, Any]:
     """What a row says beside its kernels, formats named by their numbers."""
     held = {name: item for name, item in content(row).items() if name != "kernels"}
-    held["limits"] = {name: limit_content(limit) for name, limit in row.limits.items()}
-    held["limits"] = {name: limit for name, limit in held["limits"].items() if limit is not None}
+    limits = {name: limit_content(limit) for name, limit in row.limits.items()}
+    held["limits"] = {name: limit for name, limit in limits.items() if limit is not None}
     for field in ("fixed_output", "preshift_bits"):
         if isinstance(held.get(field), dict):
-            held[field] = {_format_name(spec, name, held[field]): item for name, item in held[field].items()}
+            held[field] = _renamed(held[field], {name: _format_name(spec, name, held[field]) for name in held[field]})
     return held
 
 
@@ -137,16 +137,17 @@ def _of_target(one: TargetSpec, other: TargetSpec) -> Iterator[Difference]:
         if field not in skipped:
             yield from _of_values("target", field, left.get(field), right.get(field))
     yield from _of_values("target", "boundary", _boundary(one), _boundary(other))
-    renamed = _pairs(content(one.memories), content(other.memories))
-    memories = {renamed.get(name, name): item for name, item in content(other.memories).items()}
-    yield from _of_named("memories", content(one.memories), memories)
-    clocks = content(other.clocks)
-    for clock in clocks.values():
+    memories = _pairs(left["memories"], right["memories"])
+    yield from _of_named("memories", left["memories"], _renamed(right["memories"], memories))
+    for clock in right["clocks"].values():
         if isinstance(clock.get("bandwidth_bytes_per_s"), dict):
-            bands = clock["bandwidth_bytes_per_s"]
-            clock["bandwidth_bytes_per_s"] = {renamed.get(name, name): item for name, item in bands.items()}
-    again = _pairs(content(one.clocks), clocks)
-    yield from _of_named("clocks", content(one.clocks), {again.get(name, name): item for name, item in clocks.items()})
+            clock["bandwidth_bytes_per_s"] = _renamed(clock["bandwidth_bytes_per_s"], memories)
+    clocks = _pairs(left["clocks"], right["clocks"])
+    yield from _of_named("clocks", left["clocks"], _renamed(right["clocks"], clocks))
+
+
+def _renamed(table: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): item for name, item in table.items()}
 
 
 def _boundary(spec: TargetSpec) -> dict[str, Any] | None:
