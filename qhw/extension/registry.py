@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qhw.errors import PluginError, TargetError
 from qhw.extension.names import unknown_name
@@ -98,11 +98,11 @@ class Registry:
         Raises:
             PluginError: there is none; says which come closest. The same holds for the other kinds.
         """
-        return self.algorithms[name].value if name in self.algorithms else _unknown("algorithm", name, self.algorithms)
+        return _named("algorithm", name, self.algorithms)
 
     def pipeline(self, name: str) -> Pipeline:
         """The pipeline of that name."""
-        return self.pipelines[name].value if name in self.pipelines else _unknown("pipeline", name, self.pipelines)
+        return _named("pipeline", name, self.pipelines)
 
     def default_pipeline(self) -> Pipeline:
         """The pipeline that is used when nobody names one.
@@ -118,20 +118,19 @@ class Registry:
 
     def exporter(self, name: str) -> type[Exporter]:
         """The exporter of that name."""
-        return self.exporters[name].value if name in self.exporters else _unknown("exporter", name, self.exporters)
+        return _named("exporter", name, self.exporters)
 
     def executor(self, name: str) -> type[Executor]:
         """The executor of that name."""
-        return self.executors[name].value if name in self.executors else _unknown("executor", name, self.executors)
+        return _named("executor", name, self.executors)
 
     def reader(self, name: str) -> type[ArtefactReader]:
         """The reader of that name."""
-        return self.readers[name].value if name in self.readers else _unknown("reader", name, self.readers)
+        return _named("reader", name, self.readers)
 
     def number_format(self, name: str) -> type[NumberFormat]:
         """The number format of that name."""
-        known = self.number_formats
-        return known[name].value if name in known else _unknown("number format", name, known)
+        return _named("number format", name, self.number_formats)
 
     def provided_by(self, plugin: str) -> dict[str, tuple[str, ...]]:
         """Kind to names of what a plugin brings; kinds it brings nothing of are left out."""
@@ -172,5 +171,7 @@ class Registry:
                 )
 
 
-def _unknown(kind: str, name: str, known: Mapping[str, object]) -> NoReturn:
-    raise PluginError(unknown_name(kind, name, known))
+def _named(kind: str, name: str, known: Mapping[str, Entry[T_co]]) -> T_co:
+    if name not in known:
+        raise PluginError(unknown_name(kind, name, known))
+    return known[name].value
