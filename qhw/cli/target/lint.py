@@ -54,7 +54,7 @@ def lint_files(
         if not as_json:
             for finding in findings:
                 print(finding)
-            show_open(fields)
+            _show_open(fields)
             left = f"; {counted(len(fields), 'field')} left open" if fields else ""
             print(f"{name}: {_count(findings)}{left}")
     if as_json:
@@ -74,7 +74,7 @@ def _open_fact(target: str, field: "OpenField", located: "Located | None") -> di
     }
 
 
-def show_open(fields: "tuple[OpenField, ...]") -> None:
+def _show_open(fields: "tuple[OpenField, ...]") -> None:
     """Fields left open, the same of several operators in one line."""
     if not fields:
         return
@@ -95,5 +95,5 @@ def _count(findings: Any) -> str:
     for severity in ("error", "warning", "info"):
         number = sum(finding.severity == severity for finding in findings)
         if number:
-            words.append(f"{number} {severity}{'s' if number > 1 else ''}")
+            words.append(counted(number, severity))
     return ", ".join(words) or "clean"

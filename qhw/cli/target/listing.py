@@ -12,7 +12,7 @@ from qhw.cli.options import AsJson
 from qhw.wording import counted
 
 if TYPE_CHECKING:
-    from qhw.schema import Format, TargetSpec
+    from qhw.schema import Accumulator, Format, TargetSpec
 
 __all__ = ["list_targets", "target_facts"]
 
@@ -103,7 +103,7 @@ def target_facts(spec: "TargetSpec") -> dict[str, Any]:
     from qhw.schema.words import accumulator_words, format_words
 
     weights, activations = list(_formats(spec, "weight")), list(_formats(spec, "activation"))
-    accumulators = [spec.accumulators[name] for name in _accumulators(spec)]
+    accumulators = _accumulators(spec)
     artefact = spec.artefact
     numbers = dict.fromkeys(map(_number, (*weights, *activations)))
     return {
@@ -118,7 +118,7 @@ def target_facts(spec: "TargetSpec") -> dict[str, Any]:
         "activations": [format_words(form) for form in activations],
         "accumulators": [accumulator_words(entry) for entry in accumulators],
         "numbers": list(numbers),
-        "words": [_formats_words(weights), _formats_words(activations), _accumulators_words(spec)],
+        "words": [_formats_words(weights), _formats_words(activations), _accumulators_words(accumulators)],
     }
 
 
@@ -139,7 +139,7 @@ def _formats(spec: "TargetSpec", role: str) -> "Iterator[Format]":
     return (spec.formats[name] for name in found)
 
 
-def _accumulators(spec: "TargetSpec") -> dict[str, None]:
+def _accumulators(spec: "TargetSpec") -> "list[Accumulator]":
     """Accumulators of operators with weights, preferred first."""
     from qhw.schema import WEIGHTED_KINDS
 
@@ -149,7 +149,7 @@ def _accumulators(spec: "TargetSpec") -> dict[str, None]:
         if kind in WEIGHTED_KINDS and isinstance(operator.kernels, tuple)
         for kernel in operator.kernels
     ]
-    return dict.fromkeys(name for name in used if name in spec.accumulators)
+    return [spec.accumulators[name] for name in dict.fromkeys(used) if name in spec.accumulators]
 
 
 def _formats_words(forms: "list[Format]") -> str:
@@ -176,9 +176,8 @@ def _number(form: "Format") -> str:
     return number_words(form).partition(" [")[0].partition(" up to")[0]
 
 
-def _accumulators_words(spec: "TargetSpec") -> str:
+def _accumulators_words(entries: "list[Accumulator]") -> str:
     """As `32 wrap`, `32 40 saturate`, `unknown`."""
-    entries = [spec.accumulators[name] for name in _accumulators(spec)]
     if not entries:
         return "unknown"
     widths = dict.fromkeys(
