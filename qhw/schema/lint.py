@@ -36,8 +36,7 @@ class Finding:
 
     Attributes:
         severity: `error`: it cannot be planned with as it stands, or contradicts itself. `warning`: something is
-            probably wrong, missing, or reached by nothing.
-            `info`: true and worth knowing.
+            probably wrong, missing, or reached by nothing. `info`: true and worth knowing.
         path: Dotted path of the field.
         message: What about it.
         place: `file:line`, or None where the target came from no file.
@@ -108,9 +107,8 @@ def _weights(spec: TargetSpec) -> Iterator[Remark]:
     """Grids on which weights lose their sign or nearly everything else."""
     for name, kernel in spec.kernels.items():
         users = {k for k, o in spec.operators.items() if isinstance(o.kernels, tuple) and name in o.kernels}
-        if not isinstance(kernel.weight, tuple) or (
-            users and users <= TWO_ACTIVATIONS
-        ):  # activations may be one-tailed
+        is_for_activations = bool(users) and users <= TWO_ACTIVATIONS  # which may be one-tailed
+        if not isinstance(kernel.weight, tuple) or is_for_activations:
             continue
         path: Path = ("kernels", name, "weight")
         listed = {format_id: spec.formats[format_id] for format_id in kernel.weight}
