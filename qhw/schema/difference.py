@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from qhw.schema.arithmetic import Accumulator, Bias, Requantize
 from qhw.schema.content import ABSENT, frozen
 from qhw.schema.operators import Approximation
@@ -17,7 +19,12 @@ Section = Literal["operators", "formats", "arithmetic", "rules", "target"]
 Change = Literal["added", "removed", "changed"]
 OPERANDS = ("activations", "inputs", "results", "weights")
 NUMBERS = re.compile(r"\w+( \[-?\d+, -?\d+\])?")
-TABLES = {"accumulator": Accumulator, "approximation": Approximation, "bias": Bias, "requantize": Requantize}
+TABLES: dict[str, type[BaseModel]] = {
+    "accumulator": Accumulator,
+    "approximation": Approximation,
+    "bias": Bias,
+    "requantize": Requantize,
+}
 """Fields whose tables mean something by what they leave out."""
 
 
