@@ -40,8 +40,11 @@ def _fact(operator: Operator, attribute: str) -> Any:
     """What an operator has for an attribute; None where it has none."""
     facts = operator.attributes
     if attribute == "depth_multiplier":
-        return facts["out_channels"] // facts["in_channels"] if operator.kind == "DepthwiseConv" else None
+        is_depthwise = operator.kind == "DepthwiseConv" and facts.get("in_channels")
+        return facts["out_channels"] // facts["in_channels"] if is_depthwise else None
     if attribute == "reduced_elements" and operator.kind in ("Conv", "DepthwiseConv"):
+        if "kernel" not in facts:  # its weight is computed at run time
+            return None
         return math.prod(facts["kernel"]) * facts["in_channels"] // facts["groups"]
     if attribute == "padding" and operator.kind == "Conv" and isinstance(facts.get("padding"), str):
         return _in_numbers(facts) if facts["padding"] == "same" else [0] * len(facts["kernel"])
@@ -119,7 +122,8 @@ def _total_same(size: int, taps: int, stride: int, gap: int) -> int:
 
 def _axes(operator: Operator, values: set[Any]) -> set[int]:
     """Axes, counted from the front, that words and negative integers stand for."""
-    rank = int(operator.attributes.get("axis_rank", operator.attributes["rank"]))
+    facts = operator.attributes
+    rank = int(facts["axis_rank"] if "axis_rank" in facts else facts["rank"])
     words = {"channel": 1, "height": rank - 2 if rank > 3 else None, "width": rank - 1 if rank > 2 else None}
     found = {words.get(value) for value in values if isinstance(value, str)}
     found |= {rank - 1} if "last" in values else set()

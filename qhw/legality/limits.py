@@ -13,6 +13,9 @@ from qhw.schema import Operator as OperatorSpec
 
 __all__ = ["limit_findings", "network_findings"]
 
+_STATED_BY_ALL = ("rank",)
+"""What every operator has; any other attribute is absent where a kind has no such thing."""
+
 
 def limit_findings(operator: GraphOperator, path: str, spec: OperatorSpec) -> Iterator[Finding]:
     """Limits that an operator breaks, and those that cannot be judged.
@@ -27,18 +30,13 @@ def limit_findings(operator: GraphOperator, path: str, spec: OperatorSpec) -> It
         if limit == "unknown":
             yield unknown(clause)
             continue
-        if limit != "any" and operator.attributes.get(attribute) is None:
-            if attribute in _STATED_BY_ALL:
-                yield unknown(clause, "the artefact does not state it")
+        if limit != "any" and attribute in _STATED_BY_ALL and operator.attributes.get(attribute) is None:
+            yield unknown(clause, "the artefact does not state it")
             continue
         broken = violated_limit(operator, {attribute: limit})
         if broken is not None:
             fix = "Change the model there, or keep the operator in float."
-            yield Finding(clause, f"must be {_words(limit)}", f"{broken[0]} {broken[1]}", fix, distance=50)
-
-
-_STATED_BY_ALL = ("rank",)
-"""What every operator has; any other attribute is absent where a kind has no such thing."""
+            yield Finding(clause, f"must be {_words(limit)}", f"{broken[0]} {broken[1]}", fix)
 
 
 def network_findings(target: TargetSpec, artefact: Artefact, run: int) -> Iterator[Finding]:

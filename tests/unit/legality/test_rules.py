@@ -67,6 +67,42 @@ def test_what_only_moves_data_keeps_all_scales(broken_by: Broken) -> None:
     assert turned == {("transpose", "operators.Transpose.same_scale")}
 
 
+@pytest.mark.parametrize(
+    ("kind", "facts", "limit", "expected"),
+    [
+        ("ReduceMean", {"axes": 0}, {"axis": ["channel"]}, {("reducemean", "operators.ReduceMean.limits.axis")}),
+        ("ReduceMean", {"axes": 1}, {"axis": ["channel"]}, set()),
+        ("Gather", {"axis": 2}, {"axis": ["channel"]}, {("gather", "operators.Gather.limits.axis")}),
+        ("Gather", {"axis": 1}, {"axis": ["channel"]}, set()),
+    ],
+)
+def test_a_limit_on_an_axis(
+    kind: str, facts: dict[str, int], limit: dict[str, Any], expected: set[Any], broken_by: Broken
+) -> None:
+    f = OnnxFile()
+    second = f.stored("second", [facts.pop("axes", 0)], "int64")
+    f.gives(f.pair(f.op(kind, [f.pair(f.given("x", [2, 4, 4, 4]), A), second], kind.lower(), **facts), A))
+    row = {"kernels": ["move"], "limits": limit}
+    assert broken_by(f, {f"operators.{kind}": row}) == expected
+
+
+def test_limits_on_what_a_convolution_sums_up_and_on_channels_from_one(broken_by: Broken) -> None:
+    """3 * 3 * 3 = 27 products behind one result; six channels from three are two from each."""
+    for most, expected in ((27, set()), (26, {("conv", "operators.Conv.limits.reduced_elements")})):
+        assert broken_by(conv_file(), {"operators.Conv.limits": {"reduced_elements": {"max": float(most)}}}) == expected
+    file = conv_file(codes=np.ones((6, 1, 3, 3), int), group=3, bias=None, w=grid(2.0**-7))
+    for most, expected in ((2, set()), (1, {("conv", "operators.DepthwiseConv.limits.depth_multiplier")})):
+        row = {"kernels": ["mac"], "limits": {"depth_multiplier": {"max": float(most)}}}
+        assert broken_by(file, {"operators.DepthwiseConv": row, "operators.Conv": None}) == expected
+
+
+def test_a_limit_on_sums_of_a_weight_computed_at_run_time(broken_by: Broken) -> None:
+    f = OnnxFile()
+    operands = [f.pair(f.given("x", [1, 3, 8, 8]), A), f.pair(f.given("w", [4, 3, 3, 3]), A)]
+    f.gives(f.pair(f.op("Conv", operands, "conv"), A))
+    assert broken_by(f, {"operators.Conv.limits": {"reduced_elements": {"max": 1.0}}}) == {("conv", "operators")}
+
+
 @pytest.mark.parametrize("y", [grid(2.0**-8), grid(2.0**-7, 1)], ids=["another scale", "another zero point"])
 def test_a_prescribed_result(y: Grid, broken_by: Broken) -> None:
     free = {"formats.a8.zero_point": "free"}
