@@ -260,17 +260,15 @@ class OnnxArtefact:
     def _place_axes(self, draft: _Draft, name: str, given: Mapping[str, Any], weight: str | None) -> None:
         if draft.weight is None:
             return
-        if name in ("Conv", "ConvTranspose"):
-            draft.weight_axis, draft.input_axis = (1, 0) if name == "ConvTranspose" else (0, 1)
-        elif draft.kind == "Gemm":
-            rows_first = name == "Gemm" and given.get("transB", 0)
-            draft.weight_axis, draft.input_axis = (0, 1) if rows_first else (1, 0)
+        is_first = weight == draft.node.input[0]
+        if name == "MatMul" and draft.kind == "Gemm" and is_first:  # its sums go along the rows of the constant
+            draft.kind = "MatMul"
+            draft.attributes = {"reduced_elements": (draft.weight.shape or (1,))[-1]}
+        if name in ("Conv", "ConvTranspose") or draft.kind == "Gemm":
+            draft.weight_axis = _out_axis(name, given)
+            draft.input_axis = 1 - draft.weight_axis
         elif name in _TWO:
-            draft.attributes["weight_operand"] = (
-                list(draft.node.input).index(weight) if weight in draft.node.input else 1
-            )
-            if draft.kind == "Gemm" and draft.attributes["weight_operand"] == 0:
-                draft.kind = "MatMul"
+            draft.attributes["weight_operand"] = 0 if is_first else 1
 
     def _parameter(self, name: str | None, axis: int | None = None) -> Constant | None:
         """A constant operand, on the grid that a file of encodings gives it where the graph has none.

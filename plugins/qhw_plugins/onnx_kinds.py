@@ -155,7 +155,7 @@ def _reduction(
     kind = name if name in _SAME_NAME else "Unknown"
     axes = given.get("axes") if given.get("axes") is not None else listed
     facts: dict[str, Any] = {"keepdim": bool(given.get("keepdims", 1))}
-    if source is None:
+    if not source:  # not known, or a scalar
         return kind, facts
     chosen = sorted(int(axis) % len(source) for axis in axes) if axes else list(range(len(source)))
     sizes = [source[axis] for axis in chosen]

@@ -102,7 +102,7 @@ def facts_of(
         padding = "valid" if options.integer(0, "b") else "same"
         facts = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": [1, 1]}
         return kind, facts | {"reduced_elements": math.prod(kernel)}
-    if kind.startswith("Reduce") and source is not None and axes is not None:
+    if kind.startswith("Reduce") and source and axes is not None:
         return _reduction(kind, options, source, axes)
     if name in _CLIPS:
         return kind, dict(zip(("minimum", "maximum"), _CLIPS[name], strict=True))
@@ -132,7 +132,7 @@ def _conv(
     channels = source[-1] if source else None
     if channels is None or channels < 1:
         channels = weight[3]
-    groups = channels if depthwise else max(channels // max(weight[3], 1), 1)
+    groups = max(channels if depthwise else channels // max(weight[3], 1), 1)
     facts = {
         "kernel": list(weight[1:3]),
         "stride": [options.integer(2), options.integer(1)],

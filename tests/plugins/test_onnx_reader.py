@@ -71,6 +71,26 @@ def test_a_product_with_a_stored_matrix_is_a_gemm(read: Read) -> None:
     assert product.weight is not None and product.weight.encoding is not None and product.weight.encoding.axis == 1
 
 
+def test_a_product_of_a_stored_matrix_with_an_activation_is_no_gemm(read: Read) -> None:
+    """[3, 4] x [4, 8] sums over 4 elements."""
+    f = OnnxFile()
+    weight = f.weight("w", np.ones((3, 4), int), grid(0.5))
+    f.gives(f.pair(f.op("MatMul", [weight, f.pair(f.given("x", [1, 4, 8]), grid(0.5))], "product"), grid(1.0)))
+    (product,) = read(f).operators
+    assert (product.kind, product.weight_axis, product.attributes["weight_operand"]) == ("MatMul", None, 0)
+    assert (product.attributes["reduced_elements"], "out_channels" in product.attributes) == (4, False)
+
+
+def test_the_constant_of_an_integer_addition_is_the_second_operand(read: Read) -> None:
+    f = OnnxFile()
+    for name, value, dtype in (("s", 0.5, "float32"), ("z", 0, "int8"), ("c", [1, 2, 3, 4], "int8")):
+        f.stored(name, value, dtype)
+    a = f.op("QuantizeLinear", [f.given("a", [1, 4]), "s", "z"], "qa")
+    f.gives(f.op("QLinearAdd", [a, "s", "z", "c", "s", "z", "s", "z"], "add", domain="com.microsoft"))
+    (add,) = read(f).operators
+    assert (add.kind, add.attributes["weight_operand"]) == ("Add", 1)
+
+
 def test_a_transposed_weight_keeps_its_codes_and_its_axis(read: Read) -> None:
     f = OnnxFile()
     codes = np.arange(32).reshape(4, 8)
@@ -136,6 +156,13 @@ def test_kinds_and_facts(build: Any, expected: tuple[str, dict[str, Any]], read:
     (operator,) = read(f).operators
     assert operator.kind == expected[0]
     assert {key: operator.attributes.get(key) for key in expected[1]} == expected[1]
+
+
+def test_a_mean_of_a_scalar_has_no_axes(read: Read) -> None:
+    f = OnnxFile()
+    f.gives(f.op("ReduceMean", [f.pair(f.given("x", []), grid(0.5)), f.stored("axes", [0], "int64")], "y"))
+    (mean,) = read(f).operators
+    assert (mean.kind, "axes" in mean.attributes) == ("ReduceMean", False)
 
 
 def test_shape_arithmetic_is_no_operator(read: Read) -> None:
