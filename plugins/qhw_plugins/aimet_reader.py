@@ -50,9 +50,8 @@ class AimetReader(ArtefactReader):
         if model is None:
             said = "no model was given, so that tensors are judged by themselves: --model net.onnx"
             return Artefact("AIMET encodings", activations=activations, parameters=parameters, remarks=(said, *remarks))
-        label = str(model)
         everything = {**parameters, **activations}  # version 2.0.0 does not say which is which
-        graph = OnnxArtefact(parse_onnx(model), model.parent, label, everything, everything)
+        graph = OnnxArtefact(parse_onnx(model), model.parent, str(model), everything)
         return graph.read("AIMET encodings")
 
 

@@ -56,15 +56,13 @@ class OnnxArtefact:
         model: The parsed file.
         folder: Where external data lies.
         label: What messages call the file.
-        encodings: Grids of values by name, from a file of their own.
-        parameters: Grids of constants by name, likewise.
+        encodings: Grids of values and constants by name, from a file of their own.
     """
 
     model: onnx.ModelProto
     folder: Path
     label: str
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
-    parameters: Mapping[str, Encoding] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         graph = self.model.graph
@@ -136,12 +134,12 @@ class OnnxArtefact:
             if item.name == "value" and item.type == onnx.AttributeProto.TENSOR:
                 self._constants.add_stored(node.output[0], item.t)
                 return
-            if item.name in ("value_float", "value_floats", "value_int", "value_ints"):
-                values: Any = item.f if item.name == "value_float" else item.i if item.name == "value_int" else None
-                listed = list(item.floats) if item.name == "value_floats" else list(item.ints)
-                array = np.asarray(
-                    listed if values is None else values, np.float32 if "float" in item.name else np.int64
-                )
+            plain: dict[str, Any] = {
+                "value_float": item.f, "value_floats": list(item.floats),
+                "value_int": item.i, "value_ints": list(item.ints),
+            }  # fmt: skip
+            if item.name in plain:
+                array = np.asarray(plain[item.name], np.float32 if "float" in item.name else np.int64)
                 self._constants.add_stored(node.output[0], onnx.numpy_helper.from_array(array))
                 return
         self._constants.add(node.output[0], Constant(node.output[0]))
@@ -159,15 +157,13 @@ class OnnxArtefact:
         kind = INTEGERS.get(int(typed)) if typed else None
         if kind is None:
             kind = UINT8 if known is None else IntegerType(known.type, known.bits, bool(known.signed))
-        shape = self._constants.shape(codes if codes in self._constants else node.input[0])
-        shape = shape if node.input[0] in self._constants else None
         return self._constants.encoding(
             node.input[1],
             zero,
             kind,
             axis=int(given.get("axis", 1)),
             block_size=int(given.get("block_size", 0)),
-            shape=shape,
+            shape=self._constants.shape(node.input[0]),
         )
 
     def _quantize(self, node: onnx.NodeProto) -> None:
@@ -253,7 +249,7 @@ class OnnxArtefact:
         draft = _Draft(node, kind, [self._use(name) for name in read], list(node.output), facts, weight)
         draft.bias = self._parameter(bias_name, 0)
         self._place_axes(draft, node.op_type, given, weight_name)
-        if read and all(name in self._codes for name in read):
+        if all(name in self._codes for name in read):
             draft.is_integer, draft.encoding = True, draft.inputs[0].encoding
         self._finish(draft)
 
@@ -280,7 +276,7 @@ class OnnxArtefact:
         if name is None:
             return None
         held = self._constants.constant(name)
-        encoding = self.parameters.get(name)
+        encoding = self.encodings.get(name)
         if encoding is None or held.encoding is not None or held.shape is None:
             return held
         if encoding.signed is None and encoding.axis is not None and encoding.block_size is None:
@@ -297,22 +293,22 @@ class OnnxArtefact:
     def _integer(self, node: onnx.NodeProto, form: IntegerForm) -> None:
         """A QOperator: what it computes, with the grids that it is given."""
         names = list(node.input)
+
+        def at(position: int | None) -> str:
+            return names[position] if position is not None and position < len(names) else ""
+
         given = attributes_of(node)
         inputs: list[Use] = []
         weight: Constant | None = None
         weight_name: str | None = None
         for value, scale, zero in form.operands(len(names)):
-            name = names[value] if value < len(names) else ""
+            name = at(value)
             if not name:
                 continue
-            stored = self._constants.integer_type(names[zero] if zero < len(names) else "") or (
-                self._constants.integer_type(name) or UINT8
-            )
-            scale_name = names[scale] if scale is not None and scale < len(names) else ""
-            zero_name = names[zero] if zero < len(names) else ""
+            stored = self._constants.integer_type(at(zero)) or self._constants.integer_type(name) or UINT8
             shape = self._constants.shape(name) if name in self._constants else None
             axis = form.weight_axis(shape, given)
-            encoding = self._constants.encoding(scale_name, zero_name, stored, axis=axis, shape=shape)
+            encoding = self._constants.encoding(at(scale), at(zero), stored, axis=axis, shape=shape)
             if name in self._data:
                 inputs.append(Use(self._root.get(name, name), encoding, self._shapes.get(name)))
                 if name not in self._grid:
@@ -322,14 +318,13 @@ class OnnxArtefact:
         read = next((name for name in names if name in self._data), "")
         kind, facts = kind_of(form.computes, given, self._shapes.get(read), weight.shape if weight else None, [])
         draft = _Draft(node, kind, inputs, list(node.output), facts, weight, is_integer=True)
-        if form.bias is not None and form.bias < len(names) and names[form.bias] and weight is not None:
-            draft.bias = self._integer_bias(names[form.bias], inputs, weight)
+        if at(form.bias) and weight is not None:
+            draft.bias = self._integer_bias(at(form.bias), inputs, weight)
         self._place_axes(draft, form.computes, given, weight_name)
         result = form.result(len(names))
-        if result is not None and result[0] < len(names):
-            zero_name = names[result[1]] if result[1] < len(names) else ""
-            kind_out = self._constants.integer_type(zero_name) or UINT8
-            draft.encoding = self._constants.encoding(names[result[0]], zero_name, kind_out, axis=None)
+        if result is not None:
+            kind_out = self._constants.integer_type(at(result[1])) or UINT8
+            draft.encoding = self._constants.encoding(at(result[0]), at(result[1]), kind_out, axis=None)
         self._finish(draft)
 
     def _integer_bias(self, name: str, inputs: Sequence[Use], weight: Constant) -> Constant:

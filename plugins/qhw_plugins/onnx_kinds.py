@@ -12,8 +12,7 @@ from qhw.graph import KNOWN_KINDS
 __all__ = ["attributes_of", "kind_of"]
 
 _SAME_NAME = frozenset(KNOWN_KINDS) - {"DepthwiseConv", "ChannelShuffle", "Embedding", "Attention", "Rsqrt", "Silu"}
-_RENAMED = {"GlobalMaxPool": "GlobalMaxPool", "LSTM": "Lstm", "GRU": "Gru", "LpNormalization": "L2Normalization",
-            "Swish": "Silu", "QuickGelu": "Unknown", "ReduceL2": "Unknown"}  # fmt: skip
+_RENAMED = {"LSTM": "Lstm", "GRU": "Gru", "LpNormalization": "L2Normalization", "Swish": "Silu"}
 _GLOBAL = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
 
 
@@ -57,7 +56,7 @@ def kind_of(
     if name == "MatMul":
         return _matmul(source, weight)
     if name in ("MaxPool", "AveragePool"):
-        return name, _pool(name, given, source)
+        return name, _pool(name, given)
     if name in ("GlobalAveragePool", "GlobalMaxPool"):
         sizes = _spatial(source)
         return name, {} if sizes is None else {"kernel": sizes, "reduced_elements": math.prod(sizes)}
@@ -85,8 +84,8 @@ def _conv(name: str, given: Mapping[str, Any], weight: Sequence[int] | None) -> 
     transposed = name == "ConvTranspose"
     facts: dict[str, Any] = {
         "kernel": list(weight[2:]),
-        "stride": _list(given.get("strides"), rank, 1),
-        "dilation": _list(given.get("dilations"), rank, 1),
+        "stride": _list(given.get("strides"), rank),
+        "dilation": _list(given.get("dilations"), rank),
         "groups": max(groups, 1),
         "in_channels": weight[0] if transposed else weight[1] * groups,
         "out_channels": weight[1] * groups if transposed else weight[0],
@@ -132,20 +131,19 @@ def _products(inner: int, outer: int) -> dict[str, Any]:
     return {"in_channels": inner, "out_channels": outer, "reduced_elements": inner}
 
 
-def _pool(name: str, given: Mapping[str, Any], source: Sequence[int | None] | None) -> dict[str, Any]:
+def _pool(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     kernel = given.get("kernel_shape")
     if not isinstance(kernel, list):
         return {}
     facts = {
         "kernel": list(kernel),
-        "stride": _list(given.get("strides"), len(kernel), 1),
+        "stride": _list(given.get("strides"), len(kernel)),
         "padding": _padding(given, len(kernel)),
         "reduced_elements": math.prod(kernel),
-        "dilation": _list(given.get("dilations"), len(kernel), 1),
+        "dilation": _list(given.get("dilations"), len(kernel)),
     }
     if name == "AveragePool":
         facts["count_include_pad"] = bool(given.get("count_include_pad", 0))
-    del source
     return facts
 
 
@@ -201,6 +199,7 @@ def _numbers(constants: Sequence[Any], position: int) -> Sequence[float] | None:
     return found if found is not None and len(found) else None
 
 
-def _list(value: Any, rank: int, default: int) -> list[int]:
-    items = list(value) if isinstance(value, list) and value else [default]
+def _list(value: Any, rank: int) -> list[int]:
+    """One number per dimension; 1 where none is given."""
+    items = list(value) if isinstance(value, list) and value else [1]
     return items * rank if len(items) == 1 else items

@@ -2,7 +2,7 @@
 """Constants of an ONNX graph, and the grids that scales and zero points make of them."""
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +114,17 @@ class Parameters:
         """
         if scale not in self._stored:
             return _dynamic(kind)
-        scales = self.array(scale)
-        if not np.issubdtype(scales.dtype, np.floating):
-            scales = scales.astype(np.float64)
         if zero_point and zero_point not in self._stored:
             return _dynamic(kind)
         zeros: NDArray[Any] = self.array(zero_point) if zero_point else np.zeros((), np.int64)
         if zeros.dtype.kind not in "iu":
             raise ArtefactError(
-                f"{self.where(zero_point or scale)}: a zero point must be an integer; got {zeros.dtype}."
+                f"{self.where(zero_point or scale)}: a zero point must be an integer; got {zeros.dtype}. "
+                "Quantize the model again."
             )
         return encoding_of(
             self.where(scale),
-            scales.astype(np.float64),
+            self.array(scale).astype(np.float64),
             zeros.astype(np.int64),
             bits=kind.bits,
             signed=kind.signed,
@@ -188,11 +186,5 @@ class Parameters:
 
 
 def _dynamic(kind: IntegerType) -> Encoding:
-    low, high = (-(1 << (kind.bits - 1)), (1 << (kind.bits - 1)) - 1) if kind.signed else (0, (1 << kind.bits) - 1)
-    one, zero = np.ones(()), np.zeros((), np.int64)
-    return Encoding(one, zero, low, high, kind.bits, kind.signed, type=kind.name, is_dynamic=True)
-
-
-def facts_of(names: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without what is None."""
-    return {key: value for key, value in names.items() if value is not None}
+    plain = encoding_of("", 1.0, 0, bits=kind.bits, signed=kind.signed, type=kind.name)
+    return replace(plain, is_dynamic=True)

@@ -35,18 +35,18 @@ INTEGERS: dict[int, IntegerType] = {
     )
     if hasattr(TensorProto, name.upper())
 }  # fmt: skip
-_FLOAT8 = {
-    getattr(TensorProto, name): name.lower()
-    for name in ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT4E2M1")
-    if hasattr(TensorProto, name)
-}
-_BITS = {"float8e4m3fn": 8, "float8e4m3fnuz": 8, "float8e5m2": 8, "float8e5m2fnuz": 8, "float4e2m1": 4}
+_SMALL_FLOATS: dict[int, tuple[str, int]] = {
+    getattr(TensorProto, name.upper()): (name, bits)
+    for name, bits in (
+        ("float8e4m3fn", 8), ("float8e4m3fnuz", 8), ("float8e5m2", 8), ("float8e5m2fnuz", 8), ("float4e2m1", 4),
+    )
+    if hasattr(TensorProto, name.upper())
+}  # fmt: skip
 
 
 def float_bits(data_type: int) -> tuple[str, int] | None:
     """Name and width of a small float that codes are stored in; None for other types."""
-    name = _FLOAT8.get(data_type)
-    return None if name is None else (name, _BITS[name])
+    return _SMALL_FLOATS.get(data_type)
 
 
 def type_name(data_type: int) -> str:
@@ -102,7 +102,7 @@ def array_of(tensor: TensorProto, folder: Path, where: str) -> NDArray[Any]:
 
 def _check_size(tensor: TensorProto, dims: list[int], where: str) -> None:
     """Whether as many bytes are there as the shape needs: numpy would make room for them first."""
-    if tensor.data_type not in INTEGERS and tensor.data_type not in _PLAIN and tensor.data_type not in _FLOAT8:
+    if tensor.data_type not in INTEGERS and tensor.data_type not in _PLAIN and tensor.data_type not in _SMALL_FLOATS:
         raise ArtefactError(f"{where}: is of {type_name(tensor.data_type)}, which holds no weights or scales.")
     stored = max(
         len(tensor.raw_data),
