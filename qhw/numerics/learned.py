@@ -36,6 +36,7 @@ def learned_fake_quantize(
     quant_max: int,
     rounding: Rounding = "half_even",
     gradient_scale: float = 1.0,
+    *,
     clip: Clip = NO_CLIP,
     elements: ElementSet | None = None,
     made_of: tuple[Tensor, Tensor, Tensor] | None = None,
@@ -68,8 +69,8 @@ def learned_fake_quantize(
         elements: What codes stand for, where they are not evenly spaced: c - z is the element nearest to x / s, and
             inside is what lies no more than half a step beyond the ends. The zero point is None then.
         made_of: u, factor and offset, float32 with the axis of channels second, where x = factor u + offset and u is
-            kept for gradients by who made x: then x is not kept, but made again. A rounding of x may change which side
-            of the grid's edge it counts on.
+            kept for gradients by who made x: then x is not kept, but made again, where both lie alike in memory. A
+            rounding of x may change which side of the grid's edge it counts on.
         keeps_result: Whether x_hat is kept for the gradient, which costs nothing where its reader keeps it; else it is
             computed again.
 
@@ -86,7 +87,9 @@ def learned_fake_quantize(
         )
         return of_elements
     if clip != NO_CLIP and not (clip[0] <= 0.0 <= clip[1] and fits_pieces(x, scale, quant_min, quant_max)):
-        x, clip = clipped(x, clip), NO_CLIP
+        x, clip, made_of = clipped(x, clip), NO_CLIP, None
+    if made_of is not None and made_of[0].stride() != x.stride():
+        made_of = None  # pieces go by the order in memory
     source = made_of or (None, None, None)
     result: Tensor = _LearnedFakeQuantize.apply(  # type: ignore[no-untyped-call]
         x, scale, zero_point, quant_min, quant_max, rounding, gradient_scale, clip, keeps_result, *source

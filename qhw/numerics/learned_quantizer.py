@@ -44,8 +44,6 @@ class LearnedQuantizer(FakeQuantizer):
         start_scale: float32 [*P]; the scale that training starts from.
         zero_point: float32 [*P], a parameter where it learns; rounded to the nearest code where it is used.
         clip: Real bounds that x is limited to first, in place of a ReLU in front; none at the start.
-        made_of: What the next x is made of, where somebody in front keeps that anyway (`learned_fake_quantize`); taken
-            by the next call of `forward`.
         keeps_result: Whether what comes out is kept for the gradient: free where its reader keeps it.
 
     Reference:
@@ -73,7 +71,6 @@ class LearnedQuantizer(FakeQuantizer):
         self.learns_zero_point = learn_zero_point and not grid.zero_points
         self.gradient_scale = gradient_scale
         self.clip: Clip = NO_CLIP
-        self.made_of: tuple[Tensor, Tensor, Tensor] | None = None
         self.keeps_result = True
         self._is_symmetric = grid.zero_point == 0
         self._is_plain = grid.scale_kind == "float32"
@@ -130,7 +127,8 @@ class LearnedQuantizer(FakeQuantizer):
         """Fake-quantized x, with gradients for x, scale and zero point.
 
         Args:
-            x: float [*shape], fits the granularity.
+            x: float [*shape], fits the granularity. An attribute `made_of` says what it is made of, where somebody in
+                front keeps that anyway (`learned_fake_quantize`); it hangs on the tensor, so that it fits no other.
 
         Returns:
             Tensor: x's dtype [*shape]; x itself, within the bounds of `clip`, when not enabled.
@@ -138,7 +136,6 @@ class LearnedQuantizer(FakeQuantizer):
         Raises:
             RangeError: the scale does not fit the shape of x.
         """
-        made_of, self.made_of = self.made_of, None
         if not self.enabled:
             return clipped(x, self.clip)
         scale, zero_point = self._broadcast(x, self.scale, self.zero_points())
@@ -150,10 +147,10 @@ class LearnedQuantizer(FakeQuantizer):
             self.quant_max,
             self.rounding,
             self.gradient_scale,
-            self.clip,
-            self.elements,
-            made_of,
-            self.keeps_result,
+            clip=self.clip,
+            elements=self.elements,
+            made_of=getattr(x, "made_of", None),
+            keeps_result=self.keeps_result,
         )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qhw.errors import TrainingError
 from qhw.graph.switching import BatchNorm
-from qhw.numerics import FakeQuantizer, LearnedQuantizer
+from qhw.numerics import FakeQuantizer
 
 __all__ = ["DoubleForward", "KeptNorm", "NormLayer", "OperatorCall", "SyncedBatchNorm", "is_distributed"]
 
@@ -44,14 +44,14 @@ class SyncedBatchNorm(BatchNorm):
         name: Of the layer, for messages.
 
     Attributes:
-        reader: The quantizer that alone reads the output, which then makes it again for its gradient; empty at the
-            start. A tuple, since the quantizer has its own place in the model.
+        is_made_again: Whether the one reader of the output makes it again for its gradient: the output then carries
+            what it is made of. False at the start.
     """
 
     def __init__(self, momentum: float | None, eps: float, name: str) -> None:
         super().__init__(momentum, eps)
         self.name = name
-        self.reader: tuple[LearnedQuantizer, ...] = ()
+        self.is_made_again = False
 
     @classmethod
     def taking(cls, norm: BatchNorm, name: str) -> "SyncedBatchNorm":
@@ -71,8 +71,8 @@ class SyncedBatchNorm(BatchNorm):
             return super().forward(x)
         if not is_distributed():
             self._check_count(x.numel() // max(x.shape[1], 1))
-            if self.reader and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-                return self._handing_over(x, self.reader[0])
+            if self.is_made_again and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+                return self._with_origin(x)
             return super().forward(x)
         mean, var, count = self.statistics(x)
         self.update(mean, var, count)
@@ -81,15 +81,15 @@ class SyncedBatchNorm(BatchNorm):
         shift = -mean * scale if self.bias is None else self.bias - mean * scale
         return (x * scale.reshape(shape) + shift.reshape(shape)).to(x.dtype)
 
-    def _handing_over(self, x: Tensor, reader: LearnedQuantizer) -> Tensor:
-        """In training and alone: the normalized tensor; its reader gets what x was multiplied by and what was added."""
+    def _with_origin(self, x: Tensor) -> Tensor:
+        """In training and alone: the normalized tensor; `made_of` has x, what multiplied it and what was added."""
         share = self.count_batch()
         tensors = self.weight, self.bias, self.running_mean, self.running_var
         normalized, mean, deviation = torch.native_batch_norm(x, *tensors, True, share, self.eps)
         with torch.no_grad():
             factor = deviation if self.weight is None else deviation * self.weight
             offset = -mean * factor if self.bias is None else self.bias - mean * factor
-        reader.made_of = (x, factor, offset)
+        normalized.made_of = (x, factor, offset)  # type: ignore[attr-defined]
         return normalized
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -2,11 +2,10 @@
 """What quantizers do on the way: a ReLU in front costs no passes of its own, a batch norm no memory of its own."""
 
 import math
-from collections import Counter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qhw.graph import Graph
 from qhw.numerics import LearnedQuantizer
@@ -45,9 +44,7 @@ def fuse_clips(graph: Graph) -> None:
     for path, nodes in calls.items():
         module = graph.module.get_submodule(path)
         clips = {_clip_of(node) for node in nodes}
-        # A forward of its own may look at its input first.
-        is_learned = isinstance(module, LearnedQuantizer) and type(module).forward is LearnedQuantizer.forward
-        clip = clips.pop() if is_learned and len(clips) == 1 else None
+        clip = clips.pop() if _is_learned(module) and len(clips) == 1 else None
         if clip is None:
             continue
         module.clip = clip  # type: ignore[assignment]
@@ -66,17 +63,13 @@ def fuse_norms(graph: Graph) -> None:
     Args:
         graph: With its layers and quantizers; its modules are changed.
     """
-    nodes = [node for node in graph.module.graph.nodes if node.op == "call_module"]
-    calls = Counter(str(node.target) for node in nodes)
-    for node in nodes:
-        norm, users = graph.module.get_submodule(str(node.target)), list(node.users)
-        if not isinstance(norm, KeptNorm) or len(users) != 1 or users[0].op != "call_module":
+    for node in graph.module.graph.nodes:
+        users = list(node.users)
+        if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module":
             continue
-        reader = graph.module.get_submodule(str(users[0].target))
-        if not isinstance(reader, LearnedQuantizer) or type(reader).forward is not LearnedQuantizer.forward:
-            continue
-        if calls[str(users[0].target)] == 1:
-            norm.batch_norm.reader = (reader,)
+        norm, reader = (graph.module.get_submodule(str(call.target)) for call in (node, users[0]))
+        if isinstance(norm, KeptNorm) and _is_learned(reader):
+            norm.batch_norm.is_made_again = True
 
 
 def drop_results(graph: Graph) -> None:
@@ -93,6 +86,11 @@ def drop_results(graph: Graph) -> None:
         module = graph.module.get_submodule(path)
         if isinstance(module, LearnedQuantizer):
             module.keeps_result = not targets <= _KEEP_NO_INPUT
+
+
+def _is_learned(module: nn.Module) -> bool:
+    """Whether it is a learning quantizer that does not look at its input first, in a forward of its own."""
+    return isinstance(module, LearnedQuantizer) and type(module).forward is LearnedQuantizer.forward
 
 
 def _clip_of(call: fx.Node) -> Clip | None:

@@ -168,6 +168,25 @@ def test_a_clip_on_the_way_is_the_clip_in_front(clip, scale, zero_point, learns_
         assert torch.equal(mine, expected)
 
 
+@pytest.mark.parametrize("clip", [NO_CLIP, (0.0, math.inf), (-1.0, 1.5), (0.1, 0.9)])
+@pytest.mark.parametrize("lies_alike", [True, False])
+def test_what_is_made_again_has_the_gradients_of_what_is_kept(clip, lies_alike):
+    # Eighths: factor u + offset is exact, in whatever order it is computed.
+    u = torch.randint(-30, 30, (4, 8, 16, 16), generator=torch.Generator().manual_seed(0)) / 8
+    u = u if lies_alike else u.transpose(2, 3)
+    factor, offset = torch.tensor([0.5, 0.25] * 4), torch.tensor([0.125, -0.25] * 4)
+    shape = (1, 8, 1, 1)
+    x = torch.addcmul(offset.reshape(shape), u, factor.reshape(shape)).contiguous()
+    tensors, upstream = (x, torch.tensor(0.07)), torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(made_of):
+        return lambda x, scale: learned_fake_quantize(x, scale, None, -8, 7, clip=clip, made_of=made_of)
+
+    again = gradients(run((u, factor, offset)), *tensors, upstream=upstream)
+    kept = gradients(run(None), *tensors, upstream=upstream)
+    assert all(map(torch.equal, again, kept))
+
+
 def test_clips_are_those_of_torch():
     x = torch.tensor([-2.0, 0.0, 0.5, 1.0, 3.0]).requires_grad_()
     assert torch.equal(clipped(x, (0.0, math.inf)), torch.relu(x))

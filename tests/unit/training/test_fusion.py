@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which clips a quantizer takes over, and that nothing changes by it."""
 
+import copy
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -119,7 +121,26 @@ def test_the_output_of_a_kept_batch_norm_is_made_again_for_the_gradient_and_noth
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=2e-3)
     for name, value in remade.state_dict().items():
         assert torch.equal(value, stored.state_dict()[name]), name
-    assert all(m.made_of is None for m in remade.modules() if isinstance(m, LearnedQuantizer))
+
+
+def test_a_step_that_stops_between_batch_norm_and_quantizer_leaves_nothing_behind():
+    result, untouched = (trainable(train={"prefer": ["kept_batch_norm"]}) for _ in range(2))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = result.quantizer("0").register_forward_pre_hook(stop)
+    result.train()
+    with pytest.raises(KeyboardInterrupt):
+        result(images(64, seed=9))
+    hook.remove()
+    stopped = copy.deepcopy(result)  # no module holds a tensor of the step: those cannot be copied
+    stopped.load_state_dict(untouched.state_dict())
+    for other in (stopped, untouched):
+        other.eval()(images(64)).square().sum().backward()
+    for mine, theirs in zip(stopped.parameters(), untouched.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
 
 
 class Residual(nn.Module):
