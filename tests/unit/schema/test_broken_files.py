@@ -17,16 +17,8 @@ import qhw.schema
 from qhw.errors import TargetError
 from qhw.schema import parse_target
 from qhw.schema.base import Problem
+from tests.target_texts import TINY, refused
 
-TINY = """\
-schema_version = 1
-name = "acme/tiny"
-formats.a8 = { bits = 8, signed = true, per = "tensor" }
-formats.w8 = { bits = 8, codes = [-127, 127], zero_point = 0, per = "out_channel" }
-accumulators.acc = { bits = 32, overflow = "wrap" }
-kernels.mac = { input = ["a8"], weight = ["w8"], output = ["a8"], accumulator = "acc" }
-operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
-"""
 KEY = 'the key must be an id such as "w8" (a lower-case letter, then'
 ORDER = "min must not exceed max; got 3 and 2. Swap them."
 
@@ -481,13 +473,6 @@ CASES = [
     ("33 tables", f"x.{'a.' * 32}b = 1 #!", "", "nests deeper than 32 tables or lists. Flatten it."),
     ("33 lists", f"x = {'[' * 33}{']' * 33} #!", "x.0.0.0", "nests deeper than 32 tables or lists. Flatten it."),
 ]
-
-
-def refused(text: str, name: str = "my.toml") -> str:
-    """The message a text is refused with."""
-    with pytest.raises(TargetError) as caught:
-        parse_target(text, name_of_file=name)
-    return str(caught.value)
 
 
 def check_message(text: str, path: str, words: str) -> None:

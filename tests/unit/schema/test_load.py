@@ -9,23 +9,7 @@ import pytest
 
 from qhw.errors import TargetError
 from qhw.schema import load_target_file, parse_target, to_json
-
-TINY = """\
-schema_version = 1
-name = "acme/tiny"
-formats.a8 = { bits = 8, signed = true, per = "tensor" }
-formats.w8 = { bits = 8, codes = [-127, 127], zero_point = 0, per = "out_channel" }
-accumulators.acc = { bits = 32, overflow = "wrap" }
-kernels.mac = { input = ["a8"], weight = ["w8"], output = ["a8"], accumulator = "acc" }
-operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
-"""
-
-
-def refused(text: str, name: str = "my.toml") -> str:
-    """The message a text is refused with."""
-    with pytest.raises(TargetError) as caught:
-        parse_target(text, name_of_file=name)
-    return str(caught.value)
+from tests.target_texts import TINY, refused
 
 
 def test_a_small_target_loads() -> None:

@@ -11,21 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qhw.errors import TargetError
-from qhw.schema import TargetSpec, lint, load_target_file, parse_target, to_json
+from qhw.schema import TargetSpec, load_target_file, parse_target, to_json
 from qhw.schema.locate import Lines
+from tests.target_texts import check_loads_or_is_refused, keys_of
 
 EXAMPLE = (Path(__file__).parents[2] / "data" / "schema" / "v1-example.toml").read_text()
 DATA: dict[str, Any] = json.loads(to_json(parse_target(EXAMPLE)))
 
 
-def field_names(value: Any) -> set[str]:
-    """Every key of nested data."""
-    if isinstance(value, dict):
-        return {*value, *(name for held in value.values() for name in field_names(held))}
-    return {name for held in value for name in field_names(held)} if isinstance(value, list) else set()
-
-
-NAMES = st.sampled_from(sorted(field_names(DATA) | {"source", "*", "extends", "", "a.b"}))
+NAMES = st.sampled_from(sorted(keys_of(DATA) | {"source", "*", "extends", "", "a.b"}))
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -41,18 +35,6 @@ TREES = st.recursive(
 )
 
 
-def loads_or_refuses(text: str, name: str) -> None:
-    """What loads must also lint and round-trip; what does not must say so in our own words."""
-    try:
-        spec = parse_target(text, name_of_file=name)
-    except TargetError as error:
-        assert str(error).startswith(name) and "Input should" not in str(error)
-        return
-    lint(spec)
-    again = parse_target(to_json(spec), name_of_file="again.json")
-    assert again == spec and to_json(again) == to_json(spec)
-
-
 @given(raw=st.binary(max_size=200))
 def test_any_bytes_load_or_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "random.toml"
@@ -63,12 +45,12 @@ def test_any_bytes_load_or_are_refused(raw: bytes, tmp_path_factory: pytest.Temp
 
 @given(at=st.integers(0, len(EXAMPLE) - 1), length=st.integers(0, 20), text=st.text(max_size=6))
 def test_a_damaged_file_loads_or_is_refused(at: int, length: int, text: str) -> None:
-    loads_or_refuses(EXAMPLE[:at] + text + EXAMPLE[at + length :], "my.toml")
+    check_loads_or_is_refused(EXAMPLE[:at] + text + EXAMPLE[at + length :], "my.toml")
 
 
 @given(tree=st.dictionaries(NAMES, TREES, max_size=6))
 def test_any_nested_data_loads_or_is_refused(tree: dict[str, Any]) -> None:
-    loads_or_refuses(json.dumps({"schema_version": 1, "name": "a/b", **tree}), "my.json")
+    check_loads_or_is_refused(json.dumps({"schema_version": 1, "name": "a/b", **tree}), "my.json")
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=300)
@@ -83,7 +65,7 @@ def test_any_field_of_a_full_target_may_hold_anything(data: st.DataObject) -> No
             break
         here = below
     here[key] = data.draw(TREES)
-    loads_or_refuses(json.dumps(full), "my.json")
+    check_loads_or_is_refused(json.dumps(full), "my.json")
 
 
 @given(st.text(alphabet="a=b.[]{}\",#\n'\\ 1", max_size=60))
