@@ -63,7 +63,8 @@ def parse(text: str, label: str, *, is_json: bool) -> dict[str, Any]:
     except ValueError as error:
         raise TargetError(_syntax_message(label, error, is_json=is_json)) from error
     if not isinstance(data, dict):
-        raise TargetError(f"{label}: must hold one table; got {type(data).__name__}.")
+        kind = "null" if data is None else type(data).__name__
+        raise TargetError(f"{label}: must hold one table; got {kind}.")
     wrong = _first_wrong_value(data)
     if wrong is not None:
         line = Lines(text).nearest(wrong.path)[1] if wrong.path and not is_json else None

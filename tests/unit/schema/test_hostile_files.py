@@ -75,6 +75,7 @@ LARGE_JSON = [
         "the key 'k0' stands twice in one table",
     ),
     ("1e999", '{"schema_version": 1e999}', "schema_version: must be a finite number; got inf. Leave the field out."),
+    ("null", "null", "my.json: must hold one table; got null."),
     ("-Infinity", '{"a": -Infinity}', "-Infinity is not a number"),
     ("5,000 digits", f'{{"a": {"9" * 5000}}}', "must fit 64 bits; got an integer of more than 4300 digits."),
     ("__proto__", '{"schema_version": 1, "name": "a/b", "__proto__": {}, "constructor": {}}', "2 problems."),
