@@ -11,7 +11,7 @@ from typing import Any
 
 from qhw_plugins.flat_tables import FlatTable
 
-__all__ = ["ACTIVATIONS", "KINDS", "TYPES", "activation_of", "facts_of", "layout_axis"]
+__all__ = ["ACTIVATIONS", "FLOATS", "KINDS", "TYPES", "activation_of", "facts_of"]
 
 KINDS: Mapping[int, tuple[str, str]] = {
     0: ("ADD", "Add"), 1: ("AVERAGE_POOL_2D", "AveragePool"), 2: ("CONCATENATION", "Concat"), 3: ("CONV_2D", "Conv"),
@@ -34,13 +34,15 @@ KINDS: Mapping[int, tuple[str, str]] = {
 }  # fmt: skip
 """Code -> TFLite's name and the kind; an empty kind only quantizes."""
 
-TYPES: Mapping[int, tuple[str, int, bool] | None] = {
-    0: None, 1: None, 10: None,  # floats
+FLOATS = frozenset({0, 1, 10})
+"""Codes of float types."""
+
+TYPES: Mapping[int, tuple[str, int, bool]] = {
     2: ("int32", 32, True), 3: ("uint8", 8, False), 4: ("int64", 64, True), 7: ("int16", 16, True),
     9: ("int8", 8, True), 15: ("uint32", 32, False), 16: ("uint16", 16, False), 17: ("int4", 4, True),
     19: ("int2", 2, True), 20: ("uint4", 4, False),
 }  # fmt: skip
-"""Code -> name, bits and sign of integers; None for floats; types of neither kind are missing."""
+"""Code -> name, bits and sign of integers."""
 
 ACTIVATIONS: Mapping[int, tuple[str, dict[str, Any]]] = {
     1: ("Relu", {"minimum": 0.0}),

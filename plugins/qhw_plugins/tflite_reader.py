@@ -15,11 +15,10 @@ from qhw.extension import ArtefactReader, PluginInfo, hookimpl
 from qhw.legality import Artefact, ArtefactOperator, Constant, Encoding, Use, encoding_of
 from qhw_plugins.flat_tables import BrokenFile, FlatTable, root_table
 from qhw_plugins.onnx_stored import read_model_bytes
-from qhw_plugins.tflite_kinds import ACTIVATIONS, KINDS, TYPES, activation_of, facts_of
+from qhw_plugins.tflite_kinds import ACTIVATIONS, FLOATS, KINDS, TYPES, activation_of, facts_of
 
 _TWO = ("Add", "Sub", "Mul", "Div", "Max", "Min", "MatMul")
 _BLOCKWISE = 2
-_FLOATS = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 10: np.dtype("<f8")}
 
 
 class TfliteReader(ArtefactReader):
@@ -62,7 +61,7 @@ class _Tensor:
     @property
     def is_value(self) -> bool:
         """Whether it holds numbers that a network computes with: floats, or codes on a grid."""
-        return self.encoding is not None or self.type in _FLOATS
+        return self.encoding is not None or self.type in FLOATS
 
 
 class _File:
@@ -93,8 +92,8 @@ class _File:
         return Artefact(
             form="TFLite",
             operators=tuple(operators),
-            inputs=frozenset(self._root[i] for i in self._indices(self._graph, 1)),
-            outputs=frozenset(self._root[i] for i in self._indices(self._graph, 2)),
+            inputs=frozenset(self._root[i] for i in self._indices(self._graph, 1) if i >= 0),
+            outputs=frozenset(self._root[i] for i in self._indices(self._graph, 2) if i >= 0),
             remarks=tuple(self._remarks),
         )
 
@@ -110,7 +109,7 @@ class _File:
             raise ArtefactError(
                 f"{self._label}: names tensor {wrong} of {len(self._tensors)}. Convert the model again."
             )
-        return [index for index in found if index >= 0] if slot == 1 and table is self._graph else found
+        return found
 
     def _tensor(self, table: FlatTable, index: int, names: set[str]) -> _Tensor:
         name = table.text(3) or f"tensor_{index}"
@@ -125,11 +124,11 @@ class _File:
         return _Tensor(name, shape, kind, table.integer(2, "I"), encoding)
 
     def _encoding(self, table: FlatTable, name: str, kind: int, shape: tuple[int, ...]) -> Encoding | None:
-        stored = TYPES.get(kind)
+        stored, details = TYPES.get(kind), table.integer(4, "B")
         scales = table.numbers(2, "f4").astype(np.float64)
-        if stored is None or (not len(scales) and table.integer(4, "B") != _BLOCKWISE):
+        if stored is None or (not len(scales) and details != _BLOCKWISE):
             return None
-        if table.integer(4, "B"):
+        if details:
             self._remarks.append(f"{name}: scales per block are not read")
             return None
         zeros = table.numbers(3, "i8").astype(np.int64)
@@ -145,19 +144,20 @@ class _File:
             type=type_name,
         )
 
-    def _data(self, tensor: _Tensor) -> bytes:
-        """Bytes of a stored tensor; empty for one that is computed."""
+    def _data(self, tensor: _Tensor) -> NDArray[Any]:
+        """Bytes of a stored tensor, not copied; empty for one that is computed."""
+        whole = np.frombuffer(self._raw, np.uint8)
         if not 0 < tensor.buffer < len(self._buffers):
-            return b""
+            return whole[:0]
         table = self._buffers[tensor.buffer]
-        held = table.numbers(0, "u1").tobytes()
-        if held:
+        held = table.numbers(0, "u1")
+        if len(held):
             return held
         start, size = table.integer(1, "Q"), table.integer(2, "Q")
-        return self._raw[start : start + size] if start > 1 else b""
+        return whole[start : start + size] if start > 1 else whole[:0]
 
     def _is_constant(self, index: int) -> bool:
-        return index >= 0 and bool(self._data(self._tensors[index]))
+        return index >= 0 and len(self._data(self._tensors[index])) > 0
 
     def _constant(self, index: int) -> Constant:
         tensor = self._tensors[index]
@@ -175,9 +175,9 @@ class _File:
                 f"{where}: shape {list(tensor.shape)} needs more data than is stored. Convert the model again."
             )
         if bits >= 8:
-            return np.frombuffer(raw, np.dtype(f"<{'i' if signed else 'u'}{bits // 8}"), count)
+            return raw[: count * bits // 8].view(f"<{'i' if signed else 'u'}{bits // 8}")
         per, mask = 8 // bits, (1 << bits) - 1  # the first code lies in the lowest bits
-        packed = np.frombuffer(raw, np.uint8)[: -(-count // per)]
+        packed = raw[: -(-count // per)]
         codes = np.stack([(packed >> (bits * place)) & mask for place in range(per)], 1).reshape(-1)[:count]
         codes = codes.astype(np.int16)
         return np.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes) if signed else codes
@@ -187,13 +187,13 @@ class _File:
         if not self._is_constant(index) or self._tensors[index].type != 2:
             return None
         raw = self._data(self._tensors[index])
-        return [int(value) for value in np.frombuffer(raw[: len(raw) // 4 * 4], "<i4")[:64]]
+        return [int(value) for value in raw[: len(raw) // 4 * 4].view("<i4")[:64]]
 
     def _operator(self, table: FlatTable, index: int) -> list[ArtefactOperator]:
         code = table.integer(0, "I")
         if code >= len(self._codes):
             raise ArtefactError(
-                f"{self._label}: operator {index} has code {code} of {len(self._codes)}. Convert again."
+                f"{self._label}: operator {index} has code {code} of {len(self._codes)}. Convert the model again."
             )
         name, kind = self._codes[code]
         inputs, outputs = self._indices(table, 1), self._indices(table, 2)
@@ -203,13 +203,13 @@ class _File:
             if inputs and inputs[0] >= 0:
                 self._root[outputs[0]] = self._root[inputs[0]]
             return []
-        values = [i for i in inputs if i >= 0 and not self._is_constant(i) and self._tensors[i].is_value]
-        constants = [i for i in inputs if i >= 0 and self._is_constant(i) and self._tensors[i].is_value]
+        numbers = [i for i in inputs if i >= 0 and self._tensors[i].is_value]
+        constants = [i for i in numbers if self._is_constant(i)]
+        values = [i for i in numbers if i not in constants]
         if not values:
             return []
-        return self._computed(
-            f"{self._tensors[outputs[0]].name}", name, kind, table.table(4), inputs, outputs, values, constants
-        )
+        node = self._tensors[outputs[0]].name
+        return self._computed(node, name, kind, table.table(4), inputs, outputs, values, constants)
 
     def _computed(
         self,

@@ -171,6 +171,42 @@ def test_an_index_of_no_tensor(tmp_path: Path) -> None:
     assert "names tensor 99 of 2" in refusal(written(tmp_path, w.finish([x], [y])))
 
 
+def test_an_output_that_is_left_out(tmp_path: Path) -> None:
+    w = Writer()
+    x = w.given((1, 8), Encoding(0.5))
+    y = w.add("LOGISTIC", None, [x], Encoding(1 / 256, -128))
+    artefact = TfliteReader().read(written(tmp_path, w.finish([x, -1], [y, -1])), None)
+    assert (artefact.inputs, artefact.outputs) == ({"tensor_0"}, {"tensor_1"})
+
+
+def test_an_operator_of_no_code(tmp_path: Path) -> None:
+    w = Writer()
+    x = w.given((1, 8), Encoding(0.5))
+    y = w.add("LOGISTIC", None, [x], Encoding(1 / 256, -128))
+    w._graph.operators[0].opcodeIndex = 7
+    assert "operator 0 has code 7 of 1" in refusal(written(tmp_path, w.finish([x], [y])))
+
+
+def test_a_model_that_holds_no_graph(tmp_path: Path) -> None:
+    # A vtable of 4 bytes, and a table without fields behind it.
+    empty = struct.pack("<I4sHHi", 12, b"TFL3", 4, 4, 4)
+    assert "must hold a graph; got none" in refusal(written(tmp_path, empty))
+
+
+def test_no_model_belongs_to_a_model(tmp_path: Path) -> None:
+    path = written(tmp_path, conv())
+    with pytest.raises(ArtefactError, match="is a model already, and --model goes with encodings"):
+        TfliteReader().read(path, path)
+
+
+def test_a_mean_of_a_scalar_has_no_axes(tmp_path: Path) -> None:
+    w = Writer()
+    x, axes = w.given((), Encoding(0.5)), w.constant(np.zeros(1, np.int32), None)
+    y = w.add("MEAN", options("ReducerOptions"), [x, axes], Encoding(0.5))
+    (mean,) = TfliteReader().read(written(tmp_path, w.finish([x], [y])), None).operators
+    assert (mean.kind, "axes" in mean.attributes) == ("ReduceMean", False)
+
+
 def test_weights_shorter_than_their_shape(tmp_path: Path) -> None:
     w = Writer()
     x = w.given((1, 8, 8, 3), Encoding(0.5))
