@@ -12,7 +12,7 @@ from qhw.schema.kernels import OPERANDS, Kernel
 from qhw.schema.kinds import OPERATOR_KINDS, TWO_ACTIVATIONS
 from qhw.schema.lint_claims import disagreements, unfounded
 from qhw.schema.lint_numbers import contradictions
-from qhw.schema.lint_reach import unreachable
+from qhw.schema.lint_reach import is_inherited, unreachable
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
 from qhw.schema.operators import Operator
@@ -210,10 +210,8 @@ def _unused(spec: TargetSpec) -> Iterator[Remark]:
     }
     for section, names in referred.items():
         by = "operator" if section == "kernels" else "kernel"
-        for name, entry in getattr(spec, section).items():
-            if name not in names and any(
-                ".".join((section, name, *map(str, leaf))) not in spec.inherited for leaf, _ in leaves(entry)
-            ):
+        for name in getattr(spec, section):
+            if name not in names and not is_inherited(spec, (section, name)):
                 yield "warning", (section, name), f"no {by} refers to it. Refer to it, or remove it."
 
 

@@ -16,7 +16,7 @@ from qhw.schema.remarks import Remark
 from qhw.schema.spec import TargetSpec
 from qhw.schema.words import joined
 
-__all__ = ["unreachable"]
+__all__ = ["is_inherited", "unreachable"]
 
 WINDOWED = frozenset(
     {"AveragePool", "Conv", "ConvTranspose", "DepthwiseConv", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
@@ -45,12 +45,12 @@ def unreachable(spec: TargetSpec) -> Iterator[Remark]:
         yield from _of_weights(spec, kind, operator)
         yield from _of_fusions(kind, operator)
         for remark in (*_of_attributes(kind, operator), *_of_formats(spec, kind, operator)):
-            if not _is_inherited(spec, remark[1]):  # what a base wrote cannot be taken out, and serves the base
+            if not is_inherited(spec, remark[1]):  # what a base wrote cannot be taken out, and serves the base
                 yield remark
     yield from _of_boundary(spec)
 
 
-def _is_inherited(spec: TargetSpec, path: Path) -> bool:
+def is_inherited(spec: TargetSpec, path: Path) -> bool:
     """Whether a base wrote all that stands at a path."""
     head = dotted(path)
     here: Any = spec

@@ -236,6 +236,7 @@ def test_what_a_base_wrote_may_be_unused_in_a_child() -> None:
         return [finding.path for finding in found if "refers to it" in finding.message]
 
     assert unused(child) == []
+    assert unused(child + "formats.empty = {}\n") == ["formats.empty"]
     assert unused(child.replace('["w4"]', '["w8"]')) == ["formats.w4"]
     assert unused(child + "formats.w8.bits = 8\n") == ["formats.w8"]
 
