@@ -16,7 +16,7 @@ from qhw.schema.scales import Scale
 from qhw.schema.spec import TargetSpec
 from qhw.schema.words import value_words
 
-__all__ = ["contradictions", "exponents_of", "is_legal_scale"]
+__all__ = ["contradictions"]
 
 COUNTS = (
     *("kernel", "stride", "dilation", "groups", "in_channels", "out_channels", "rank", "inputs", "outputs"),
@@ -44,7 +44,7 @@ def contradictions(spec: TargetSpec) -> Iterator[Remark]:
     yield from _of_conflicts(spec)
 
 
-def exponents_of(form: Format) -> tuple[float, float] | None:
+def _exponents_of(form: Format) -> tuple[float, float] | None:
     """Lowest and highest e of the scales 2^e that a format may have, infinite where open; None without such scales."""
     scale = form.scale
     if not isinstance(scale, Scale) or scale.kind not in ("power_of_two", "e8m0"):
@@ -58,14 +58,14 @@ def exponents_of(form: Format) -> tuple[float, float] | None:
     return low, high
 
 
-def is_legal_scale(form: Format, value: float) -> bool:
+def _is_legal_scale(form: Format, value: float) -> bool:
     """Whether a format may have a scale, as far as the target says."""
     scale = form.scale
     if not isinstance(scale, Scale):
         return True
     if isinstance(scale.values, tuple):
         return value in scale.values
-    bounds = exponents_of(form)
+    bounds = _exponents_of(form)
     if bounds is not None:
         mantissa, exponent = math.frexp(value)
         return mantissa == 0.5 and bounds[0] <= exponent - 1 <= bounds[1]
@@ -74,7 +74,7 @@ def is_legal_scale(form: Format, value: float) -> bool:
 
 
 def _of_scale(name: str, form: Format) -> Iterator[Remark]:
-    bounds = exponents_of(form)
+    bounds = _exponents_of(form)
     if bounds is not None and bounds[0] > bounds[1]:
         text = "no power of two lies within its bounds. Widen min and max, or exponent_min and exponent_max."
         yield "error", ("formats", name, "scale"), text
@@ -191,7 +191,7 @@ def _term_ranges(spec: TargetSpec, kernel: Kernel, bound: ExponentBound) -> list
         if not isinstance(names, tuple):
             found.append((factor, (-math.inf, math.inf)))
             continue
-        each = {name: exponents_of(spec.formats[name]) for name in names}
+        each = {name: _exponents_of(spec.formats[name]) for name in names}
         bad = next((n for n, e in each.items() if e is None and spec.formats[n].scale != UNKNOWN), None)
         if bad is not None:
             return f"format {bad}"
@@ -255,7 +255,7 @@ def _of_fixed_output(spec: TargetSpec, kind: str, operator: Operator) -> Iterato
             continue  # said, where it can be reached at all, by what looks for the unreachable
         form = spec.formats[name]
         path: Path = ("operators", kind, "fixed_output", name)
-        if isinstance(fixed.scale, float) and not is_legal_scale(form, fixed.scale):
+        if isinstance(fixed.scale, float) and not _is_legal_scale(form, fixed.scale):
             yield "error", (*path, "scale"), f"{fixed.scale:g} is no legal scale of format {name}. Correct one of them."
         zero = form.zero_point
         allowed = (zero,) if isinstance(zero, int) else zero
