@@ -160,6 +160,17 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no bits": ({"activation_encodings": {"x": [{"scale": 1.0, "offset": 0}]}}, "bitwidth must be a number"),
     "a thousand bits": ({"activation_encodings": {"x": [{"bitwidth": 1000, "scale": 1, "offset": 0}]}}, "bits must be"),
     "a nameless one": ({"version": "1.0.0", "activation_encodings": [{"bw": 8}]}, "with a name"),
+    "an entry that is no object": ({"version": "2.0.0", "encodings": {"x": 3}}, "x: must be an object; got int"),
+    "another of version 1": ({"version": "1.0.0", "activation_encodings": {"x": 3}}, "x: must be an object; got int"),
+    "a list of none": ({"activation_encodings": {"x": []}}, "x: must be a list of encodings"),
+    "two widths": (
+        {"activation_encodings": {"x": [entry_0(1.0, 0), entry_0(1.0, 0, bits=4)]}},
+        "bitwidth must be one for all channels; got [4, 8]",
+    ),
+    "a text for a scale": (
+        {"version": "1.0.0", "activation_encodings": [{"name": "x", "bw": 8, "scale": ["a"]}]},
+        "scale must be numbers; got 'a'",
+    ),
     "no scales": (
         {"version": "1.0.0", "activation_encodings": [{"name": "x", "bw": 8, "scale": [], "offset": []}]},
         "scale must be numbers; got none",
@@ -171,6 +182,12 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_wrong_files_are_one_line(case: str, tmp_path: Path) -> None:
     data, words = WRONG[case]
     assert words in refusal(write(tmp_path, data))
+
+
+def test_a_file_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, VERSION_0)
+    monkeypatch.setattr("qhw_plugins.aimet_reader._MAX_BYTES", 10)
+    assert f"must be at most 10 bytes; got {path.stat().st_size}. Is this an encodings file?" in refusal(path)
 
 
 def test_floats_are_passed_over_and_that_is_said(tmp_path: Path) -> None:

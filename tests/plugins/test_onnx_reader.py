@@ -285,6 +285,69 @@ def test_wrong_scales_and_shapes_are_one_line(tmp_path: Path) -> None:
     assert "holds no weights or scales" in refusal(text.write(tmp_path))
 
 
+def test_scales_and_codes_that_are_of_no_use(tmp_path: Path) -> None:
+    def with_tensor(name: str, change: Callable[[TensorProto], None], **parts: Any) -> str:
+        file = conv_file(**parts)
+        change(next(t for t in file.tensors if t.name == name))
+        return refusal(file.write(tmp_path))
+
+    def retyped(value: Any, dtype: Any) -> Callable[[TensorProto], None]:
+        return lambda tensor: tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value, dtype), tensor.name))
+
+    assert "x/q/zero: a zero point must be an integer; got float32" in with_tensor("x/q/zero", retyped(0, np.float32))
+    assert "has 1 scales and 2 zero points" in with_tensor("x/q/zero", retyped([0, 0], np.int8))
+    floats = with_tensor("w", retyped(CODES, np.float32), bias=None)
+    assert "w: codes must be integers; got float. Export" in floats
+    none = with_tensor("x/q/scale", retyped([], np.float32))
+    assert "a scale must be a finite number; got none" in none
+    outside = conv_file(w=grid([0.5] * 4, axis=7), bias=None)
+    assert "axis must lie within 4 axes; got 7" in refusal(outside.write(tmp_path))
+
+
+def test_a_scale_of_small_floats_that_is_no_number(tmp_path: Path) -> None:
+    f = OnnxFile()
+    x = f.given("x", [1, 8])
+    f.stored("s", np.nan)
+    f.tensors.append(onnx.helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    codes = f.op("QuantizeLinear", [x, "s", "z"], "codes")
+    f.gives(f.op("Relu", [f.op("DequantizeLinear", [codes, "s", "z"], "back")], "relu"))
+    assert "s: a scale must be a finite number. Quantize" in refusal(f.write(tmp_path))
+
+
+def test_codes_that_a_node_computes(tmp_path: Path) -> None:
+    """A sum of constants is folded by no reader: its codes are in no file."""
+    f = OnnxFile()
+    summed = f.op("Add", [f.stored("a", [[1]], "int8"), f.stored("b", [[2]], "int8")], "summed")
+    weight = f.op("DequantizeLinear", [summed, f.stored("s", 0.5)], "weight")
+    f.gives(f.op("MatMul", [f.pair(f.given("x", [1, 1]), grid(0.5)), weight], "product"))
+    assert "summed: must be stored in the file; it is computed. Fold it first." in refusal(f.write(tmp_path))
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    path = conv_file().write(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"x/q/scale", b"x/q/sc\xff\xfee"))
+    assert "is damaged: a name in it is no Unicode text" in refusal(path)
+
+
+def test_a_tensor_that_numpy_cannot_make(tmp_path: Path) -> None:
+    file = conv_file(w=grid(0.5), bias=None)
+    tensor = next(t for t in file.tensors if t.name == "w")
+    tensor.raw_data += b"\0"
+    assert "w: cannot be read as a tensor" in refusal(file.write(tmp_path))
+
+
+def test_a_file_beyond_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = conv_file().write(tmp_path)
+    monkeypatch.setattr("qhw_plugins.onnx_stored.MAX_BYTES", 100)
+    assert "must be at most 100 bytes. Store its weights in files of their own." in refusal(path)
+
+
+def test_no_model_belongs_to_a_model(tmp_path: Path) -> None:
+    path = conv_file().write(tmp_path)
+    with pytest.raises(ArtefactError, match="is a model already, and --model goes with encodings"):
+        OnnxReader().read(path, path)
+
+
 def test_files_that_are_no_models(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\xff" * 100)

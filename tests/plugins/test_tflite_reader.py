@@ -226,5 +226,5 @@ def test_a_table_never_reads_beyond_the_file() -> None:
     with pytest.raises(BrokenFile, match="an offset of"):
         root_table(struct.pack("<I", 100) + b"\0" * 10).integer(0)
     lists = struct.pack("<IHHHHiII", 12, 6, 8, 4, 0, 8, 4, 2**31)  # a vtable, a table, and a list without end
-    with pytest.raises(BrokenFile):
+    with pytest.raises(BrokenFile, match="a list of 2147483648 entries ends behind the file"):
         root_table(lists).tables(0)
