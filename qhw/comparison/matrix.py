@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`qhw.compare`: plan, quantize and score one model for many targets."""
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from qhw.roofline import estimate
 from qhw.schema import TargetSpec
 
 __all__ = ["compare"]
+
+_log = logging.getLogger("qhw")
 
 
 def compare(
@@ -166,6 +169,7 @@ class _Try:
         except QhwError as error:
             return replace(row, ended=step, reason=" ".join(str(error).split()))
         except Exception as error:  # one target's trouble must not cost the others their rows
+            _log.debug("%s: stopped at %s", row.target, step, exc_info=True)  # where it happened, for the report
             text = " ".join(str(error).split())
             return replace(row, ended=step, reason=f"unexpected {type(error).__name__}: {text}. Please report it.")
         return row if self._judge is None else replace(row, simulated=self._judge.simulated(result))

@@ -199,7 +199,9 @@ def test_a_sample_that_does_not_fit_stops_before_any_target() -> None:
         compared()
 
 
-def test_a_bug_in_one_target_s_way_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_one_target_s_way_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import qhw.comparison.matrix as module
 
     real = module.quantize
@@ -210,7 +212,9 @@ def test_a_bug_in_one_target_s_way_costs_the_others_nothing(monkeypatch: pytest.
         return real(*arguments, target=target, **more)
 
     monkeypatch.setattr(module, "quantize", broken)
-    hosted, good = compared(HOSTED, GENTLE).rows
+    with caplog.at_level("DEBUG", "qhw"):
+        hosted, good = compared(HOSTED, GENTLE).rows
+    assert 'raise ZeroDivisionError("division by zero")' in caplog.text  # the traceback is not lost
     assert hosted.ended == "quantize" and hosted.plan is not None
     assert hosted.reason == "unexpected ZeroDivisionError: division by zero. Please report it."
     assert good.ended is None
