@@ -206,10 +206,7 @@ def save(
     def write_more(inside: Path) -> None:
         if not artefact:
             return
-        missing = _without_artefact(result, registry)
-        if missing is not None:
-            _log.warning("warning: no artefact: %s", missing)
-        path = export(result, inside / "artefacts", registry=registry)[0] if missing is None else None
+        path = _artefact(result, inside / "artefacts", registry or default_registry())
         if evaluate_artefact is not None:
             scores = json.dumps(evaluate_artefact(path), indent=1)
             (inside / "evaluation.json").write_text(scores + "\n", encoding="utf-8")
@@ -217,21 +214,22 @@ def save(
     return save_result(result, Path(folder), write_more, keep_samples=samples)
 
 
-def _without_artefact(result: QuantizedModel, registry: Registry | None) -> str | None:
-    """Why a target that names no exporter gets no artefact; None where it gets one."""
-    own = result.target.artefact.exporter if result.target.artefact is not None else None
-    if own is not None:
-        return None
-    registry = registry or default_registry()
+def _artefact(result: QuantizedModel, folder: Path, registry: Registry) -> Path | None:
+    """The artefact, exported; None, and the log says why, where a target that names no exporter gets none."""
+    target = result.target
+    if target.artefact is not None and target.artefact.exporter is not None:
+        return export(result, folder, registry=registry)[0]
     try:
-        portable = exporter_for(result.target, registry=registry)
+        portable = exporter_for(target, registry=registry)
     except ExportError as error:
-        return str(error)
-    with blaming(registry.exporters[portable.name].record, f"exporter '{portable.name}': check"):
-        problems = portable.check(result)
-    if not problems:
+        _log.warning("warning: no artefact: %s", error)
         return None
-    return f"'{result.target.name}' names no exporter, and '{portable.name}' cannot hold the result: {problems[0]}"
+    problems = _problems(portable, result, registry)
+    if problems:
+        said = f"'{target.name}' names no exporter, and '{portable.name}' cannot hold the result: {problems[0]}"
+        _log.warning("warning: no artefact: %s", said)
+        return None
+    return _written(portable, result, folder, registry)[0]
 
 
 def load(folder: str | os.PathLike[str], *, registry: Registry | None = None) -> QuantizedModel:
@@ -273,13 +271,20 @@ def export(
     """
     registry = registry or default_registry()
     chosen = exporter_for(result.target, exporter, registry=registry, **options)
-    record = registry.exporters[chosen.name].record
-    doing = f"exporter '{chosen.name}'"
-    with blaming(record, f"{doing}: check"):
-        problems = chosen.check(result)
+    problems = _problems(chosen, result, registry)
     if problems:
-        raise ExportError(f"{doing}: {'; '.join(problems)}")
-    place = Path(folder)
+        raise ExportError(f"exporter '{chosen.name}': {'; '.join(problems)}")
+    return _written(chosen, result, Path(folder), registry)
+
+
+def _problems(chosen: Exporter, result: QuantizedModel, registry: Registry) -> tuple[str, ...]:
+    with blaming(registry.exporters[chosen.name].record, f"exporter '{chosen.name}': check"):
+        return chosen.check(result)
+
+
+def _written(chosen: Exporter, result: QuantizedModel, place: Path, registry: Registry) -> tuple[Path, ...]:
+    """The files of an exporter that can hold the result, put in place once they are whole."""
+    record, doing = registry.exporters[chosen.name].record, f"exporter '{chosen.name}'"
     with written_files(place) as inside:
         with blaming(record, f"{doing}: export"):
             files = must_be(chosen.export(result, inside), tuple, record, f"{doing}: export")

@@ -79,6 +79,8 @@ def _of_norm(operator: Operator, weight_format: str, points: Placement, target: 
     weight, point = target.formats[weight_format], input_point(points.points, operator.name)
     if stated is None or stated == "unknown" or weight.zero_point not in (0, None) or point is None:
         return None
+    if not (weight.is_uniform and target.formats[point.format].is_uniform):
+        return None
     products = num_products(operator)
     # What an accumulator allows is known with the zero point of the input: as little as with the widest.
     bits = accumulator_width(target, kernel)

@@ -242,7 +242,7 @@ def _raise_one(work: Any, relation: Relation, growth: Tensor, ratios: Tensor, si
 def _raise(work: Any, group: str, wanted: Tensor) -> bool:
     """Let a group's scales grow to the smallest legal ones that are wanted; False where there are none."""
     found, grid = work.qparams[group], work.grid(group)
-    if any(point.fixed is not None or point.is_dynamic for point in work.group(group)):
+    if any(point.is_given for point in work.group(group)):
         return False
     grows = wanted > found.scale.double()
     scale = torch.where(grows, legal_scale(wanted * _margin(grid), grid), found.scale)

@@ -22,7 +22,7 @@ def ranged_weight_sites(points: Placement, target: TargetSpec) -> tuple[str, ...
 
 def activation_sites(points: Placement) -> tuple[str, ...]:
     """Groups of activation points whose qparams the hardware leaves open, and does not compute itself, in order."""
-    fixed = {point.group for point in points.points if point.fixed is not None or point.is_dynamic}
+    fixed = {point.group for point in points.points if point.is_given}
     activations = (p.group for p in points.points if p.role in ("activation", "input", "edge"))
     return tuple(dict.fromkeys(group for group in activations if group not in fixed))
 

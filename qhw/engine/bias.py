@@ -10,6 +10,7 @@ from torch import Tensor
 from qhw.engine.work import Work
 from qhw.errors import PlanError, RangeError
 from qhw.graph import QuantPoint
+from qhw.graph.rows import meets_sum
 from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, legal_scale
 from qhw.numerics.grid import SMALLEST_SCALE
 from qhw.schema import Bias, Shift
@@ -25,10 +26,14 @@ def add_required_biases(work: Work) -> None:
     lacking = [
         (operators[point.operator], point)
         for point in work.plan.points
-        if point.role == "bias" and work.target.biases[point.format].required is True
+        if point.role == "bias"
+        and operators[point.operator].bias is None
+        and work.target.biases[point.format].required is True
     ]
-    for operator, point in lacking:
-        if operator.bias is None:
+    if not lacking:
+        return
+    with work.graph.changes():
+        for operator, point in lacking:
             name = work.graph.add_bias(operator, torch.zeros(int(operator.attributes["out_channels"])))
             _log.info("%s: got a bias of zeros, which biases.%s requires.", name, point.format)
 
@@ -73,7 +78,7 @@ def _grows(rule: Bias) -> bool:
 
 def _left_shifts(rule: Bias) -> tuple[int, int | None]:
     """Fewest and most bits by which a bias of its own scale is shifted left; None: as many as it takes."""
-    if rule.align != "shift" or rule.applied == "after_multiplier" or not isinstance(rule.shift, Shift):
+    if not meets_sum(rule) or not isinstance(rule.shift, Shift):
         return 0, None
     least, most = rule.shift.max, rule.shift.min
     return -least if isinstance(least, int) else 0, -most if isinstance(most, int) else None
@@ -189,7 +194,7 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
 def _own_scale(work: Work, point: QuantPoint, rule: Bias, finest: Tensor) -> Tensor:
     """The finest scale that covers a bias: any; or, where it is shifted left to meet the sum, 2^k times the sum's."""
     smallest = finest if rule.per == "out_channel" else finest.amax()
-    if rule.align != "shift" or rule.applied == "after_multiplier":
+    if not meets_sum(rule):
         return smallest.clamp(min=SMALLEST_SCALE).float()
     unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(finest))
     unit = unit.expand(len(finest)) if rule.per == "out_channel" else unit.amax()

@@ -18,13 +18,18 @@ def round_parameters(work: Work) -> None:
 
     An operator whose denominator is not stated keeps its slope.
     """
-    operators = {operator.name: operator for operator in work.graph.operators}
+    leaky = {operator.name: operator for operator in work.graph.operators if operator.kind == "LeakyRelu"}
+    found = [
+        (leaky[placement.name], denominator)
+        for placement in work.plan.operators
+        if placement.name in leaky
+        and placement.where == "accelerator"
+        and (denominator := _denominator(work, placement.listed_as)) is not None
+    ]
+    if not found:
+        return
     with work.graph.changes():
-        for placement in work.plan.operators:
-            operator = operators.get(placement.name)
-            denominator = _denominator(work, placement.subject) if placement.where == "accelerator" else None
-            if operator is None or operator.kind != "LeakyRelu" or denominator is None:
-                continue
+        for operator, denominator in found:
             exact = float(operator.attributes["slope"])
             rounded = round(exact * denominator) / denominator
             node = work.graph.node(operator.name)
@@ -33,9 +38,9 @@ def round_parameters(work: Work) -> None:
                 _log.info("%s: its slope %g is %g on this hardware.", operator.name, exact, rounded)
 
 
-def _denominator(work: Work, subject: str) -> float | None:
+def _denominator(work: Work, kind: str) -> float | None:
     """What a kind's parameters are multiples of one over; None where the target states none."""
-    row = work.target.operators.get(subject.removeprefix("operators.").removesuffix(".kernels"))
+    row = work.target.operators.get(kind)
     rule = row.approximation if row is not None else None
     if not isinstance(rule, Approximation) or rule.kind != "rounded_parameter" or not isinstance(rule.constants, dict):
         return None

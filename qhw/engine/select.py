@@ -409,7 +409,7 @@ def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
 def _require_ranges(target: TargetSpec, placement: Placement, chosen: _Chosen) -> None:
     """Every point gets its scale from some step, from the hardware, or the plan is refused with what was tried."""
     covered = {(step.stage, site) for step in chosen.steps for site in step.sites}
-    fixed = {point.group for point in placement.points if point.fixed is not None or point.is_dynamic}
+    fixed = {point.group for point in placement.points if point.is_given}
     for point in placement.points:
         if point.role not in _NEEDED or point.group in fixed:
             continue

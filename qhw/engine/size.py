@@ -35,7 +35,7 @@ def quantized_bytes(result: QuantizedModel) -> int:
             quantized.add(id(tensor))
             bits += tensor.numel() * qparams.bits
             bits += 0 if qparams.elements is None else qparams.elements.beside_bits
-        if point.role == "bias" or point.fixed is not None or point.is_dynamic or point.group in scaled:
+        if point.role == "bias" or point.is_given or point.group in scaled:
             continue  # a bias scale is the product of two that are stored, others are wired in or computed
         scaled.add(point.group)
         spec = result.target.formats[point.format]

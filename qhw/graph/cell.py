@@ -59,6 +59,22 @@ class Cell:
         """Which of its tensors share a scale. An operator without kernels only moves data, so that all of them do."""
         return str(self.spec.same_scale) if self.kernels else "all"
 
+    @property
+    def tied(self) -> tuple[int, ...]:
+        """Places on one scale: those of its operands in order, then that of its result, behind all operands."""
+        return self._places(self.same_scale)
+
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """Places in one format: those on one scale, or aligned ones, which keep scales of their own."""
+        return self._places("all" if self.same_scale == "aligned" else self.same_scale)
+
+    def _places(self, rule: str) -> tuple[int, ...]:
+        operands = tuple(range(len(self.inputs)))
+        result = () if self.gives_float else (len(operands),)
+        places = {"all": operands + result, "inputs": operands, "input_output": operands[:1] + result}
+        return places.get(rule, ())
+
     def operand_formats(self, kernel: str, index: int) -> tuple[str, ...]:
         """Format ids that a kernel allows for one operand that is an activation."""
         row = self.kernels[kernel]

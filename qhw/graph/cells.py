@@ -308,7 +308,7 @@ class _Reader:
             return (f"{path}.kernels", "unknown" if spec.kernels == "unknown" else "the target lists no kernel for it")
         reason = (f"{path}.kernels", "no kernel holds it")
         rows: dict[str, Kernel] = {}
-        for name in preferred(self._target, spec.kernels):
+        for name in preferred(self._target.kernels, spec.kernels):
             row = self._target.kernels[name]
             missing = missing_field(self._target, operator, spec, row, has_bias, reads)
             if missing is None:
@@ -375,17 +375,10 @@ class _Reader:
 
 def _can_share(cell: Cell, kernel: str) -> bool:
     """Whether a kernel has a format that all tensors can have that its operator wants on one scale, or aligned."""
-    operands = [set(cell.operand_formats(kernel, index)) for index in range(len(cell.inputs))]
-    output = [] if cell.gives_float else [set(cell.output_formats(kernel))]
-    everything = [*operands, *output]
-    tied = {
-        "inputs": operands,
-        "all": everything,
-        "aligned": everything,
-        "input_output": [*operands[:1], *output],
-    }
-    sets = tied.get(str(cell.spec.same_scale), [])
-    return len(sets) < 2 or bool(set.intersection(*sets))
+    sets = [set(cell.operand_formats(kernel, index)) for index in range(len(cell.inputs))]
+    sets += [] if cell.gives_float else [set(cell.output_formats(kernel))]
+    alike = [sets[place] for place in cell.alike]
+    return len(alike) < 2 or bool(set.intersection(*alike))
 
 
 def _can_keep_width(target: TargetSpec, cell: Cell, kernel: str) -> bool:

@@ -106,7 +106,7 @@ class _Problem:
             if cell.keeps_precision:
                 text = f"{name} reads and gives one width ({path}.may_change_precision)"
                 yield Constraint("precision", name, text, keep)
-            if len(_tied(cell)) > 1:
+            if len(cell.alike) > 1:
                 what = "one format" if cell.same_scale == "aligned" else "one scale"
                 yield Constraint("scale", name, f"{name} has {what} for {_tied_words(cell)} ({path}.same_scale)", keep)
         if self._weight is not None and len(self._family) > 1:
@@ -174,27 +174,14 @@ class _Problem:
     ) -> bool:
         sets = operands if result is None else [*operands, result]
         if ("scale", cell.operator.name) in active:
-            tied = _tied(cell)
-            shared = set.intersection(*(sets[place] for place in tied)) if tied else set()
-            sets = [shared if place in tied else names for place, names in enumerate(sets)]
+            alike = cell.alike
+            shared = set.intersection(*(sets[place] for place in alike)) if alike else set()
+            sets = [shared if place in alike else names for place, names in enumerate(sets)]
         if ("precision", cell.operator.name) in active:
             widths = [{self._target.formats[name].element_bits for name in names} for names in sets]
             widths += [] if held is None else [{self._target.formats[held].element_bits}]
             return all(sets) and bool(set.intersection(*widths))
         return all(sets)
-
-
-def _tied(cell: Cell) -> tuple[int, ...]:
-    """Places among operands and result, the result last, that have one format."""
-    count = len(cell.inputs)
-    result = () if cell.gives_float else (count,)
-    rule = "all" if cell.same_scale == "aligned" else cell.same_scale
-    places: dict[str, tuple[int, ...]] = {
-        "all": (*range(count), *result),
-        "inputs": tuple(range(count)),
-        "input_output": (*range(min(count, 1)), *result),
-    }
-    return places.get(rule, ())
 
 
 def _tied_words(cell: Cell) -> str:

@@ -47,6 +47,11 @@ class QuantPoint(_Data):
         None, description="Largest real value that can occur, from the graph (6 after ReLU6)."
     )
 
+    @property
+    def is_given(self) -> bool:
+        """Whether no step finds its scale: the hardware prescribes it, or computes it at run time."""
+        return self.fixed is not None or self.is_dynamic
+
 
 class OperatorPlacement(_Data):
     """Who runs an operator, with which kernel, and why."""
@@ -63,6 +68,11 @@ class OperatorPlacement(_Data):
     )
     subject: str = Field("", description="Target field or graph fact that decided.")
     reason: str = Field("", description="What it decided, in words.")
+
+    @property
+    def listed_as(self) -> str:
+        """The kind as which the target lists what it runs; for what it does not run, no kind."""
+        return self.subject.removeprefix("operators.").removesuffix(".kernels")
 
 
 def input_point(points: Iterable[QuantPoint], operator: str) -> QuantPoint | None:

@@ -13,6 +13,7 @@ from qhw.errors import PlanError
 from qhw.graph.cell import Cell
 from qhw.graph.conflict import conflict_words, smallest_conflict
 from qhw.graph.demands import Demands
+from qhw.graph.rows import preferred
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
 from qhw.graph.ties import alike_slots, clashing_operand, scale_groups
 from qhw.schema import TargetSpec
@@ -182,7 +183,7 @@ class _Search:
                 options = _union([options, _union(c.activation_formats() for c in self._cells)])
         if slot.what == "tensor":
             options = self._at_boundary(slot.name, options)
-        options = self._by_cost(options)
+        options = preferred(self._target.formats, options)
         wanted = self._demands.tensors.get(slot.name) if slot.what == "tensor" else None
         if wanted is None:
             return options
@@ -199,16 +200,11 @@ class _Search:
         allowed = self._demands.outputs.get(name)
         return options if allowed is None else [n for n in options if n in allowed]
 
-    def _by_cost(self, options: list[str]) -> list[str]:
-        """The cheapest first (`preference_cost`, 0 where none is stated), else in their order."""
-        costs = {name: self._target.formats[name].preference_cost for name in options}
-        return sorted(options, key=lambda name: cost if isinstance(cost := costs[name], float | int) else 0.0)
-
     def _start_weight(self, name: str, touching: Sequence[Cell]) -> list[str]:
         options = _union(cell.weight_formats(kernel) for cell in touching for kernel in cell.kernels)
         if len({cell.operator.weight_axis for cell in touching}) > 1:  # their scales would lie along different axes
             options = [name for name in options if self._target.formats[name].per == "tensor"]
-        options = self._by_cost(options)
+        options = preferred(self._target.formats, options)
         wanted = self._demands.weights.get(name)
         if wanted is None:
             return options

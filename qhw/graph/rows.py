@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of a target's kernels can hold an operator, in the order of preference, and what keeps the others from it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qhw.graph.cell import TWO_OPERANDS, reads_input_row
 from qhw.graph.operator import Operator
-from qhw.schema import Format, Kernel, TargetSpec
+from qhw.schema import Bias, Format, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["activations_of", "format_reason", "group_size", "held_formats", "missing_field", "preferred"]
+__all__ = ["activations_of", "format_reason", "group_size", "held_formats", "meets_sum", "missing_field", "preferred"]
 
 
-def preferred(target: TargetSpec, names: Sequence[str]) -> list[str]:
-    """Kernel ids, the cheapest first (`preference_cost`, 0 where none is stated), else in their order."""
-    costs = {name: target.kernels[name].preference_cost for name in names}
+def preferred(rows: Mapping[str, Kernel] | Mapping[str, Format], names: Sequence[str]) -> list[str]:
+    """Ids of kernels or formats, the cheapest first (`preference_cost`, 0 where none is stated), else in order."""
+    costs = {name: rows[name].preference_cost for name in names}
     return sorted(names, key=lambda name: cost if isinstance(cost := costs[name], float | int) else 0.0)
 
 
@@ -148,11 +148,11 @@ def _group_reason(target: TargetSpec, form: Format, operator: Operator, row: Ker
         return f"group_size: {said} not divide {_grouped_inputs(operator)} inputs"
     rule = target.biases.get(str(row.bias))
     is_integer = rule is not None and isinstance(rule.bits, int) and (has_bias or rule.required is True)
-    meets_sum = rule is not None and (rule.scale != "own" or (rule.align == "shift" and _before(rule.applied)))
-    if is_integer and meets_sum:
+    if is_integer and rule is not None and meets_sum(rule):
         return f'per: "group"; sums have no one scale, and its bias is in units of it (biases.{row.bias})'
     return None
 
 
-def _before(applied: str | None) -> bool:
-    return applied != "after_multiplier"
+def meets_sum(rule: Bias) -> bool:
+    """Whether the scale of a bias follows from that of the sum: it is the same, or a shift brings one to the other."""
+    return rule.scale != "own" or (rule.align == "shift" and rule.applied != "after_multiplier")

@@ -15,22 +15,19 @@ def tied_slots(cell: Cell, operands: Sequence[Slot]) -> Iterator[tuple[Slot, ...
 
     An operator without kernels only moves data, so that all it touches has one scale.
     """
-    tied = _tied(cell, operands, cell.same_scale)
-    if len(tied) > 1:
-        yield tied
+    return _at(cell, operands, cell.tied)
 
 
 def alike_slots(cell: Cell, operands: Sequence[Slot]) -> Iterator[tuple[Slot, ...]]:
     """Slots that a cell wants in one format: those on one scale, or aligned ones, which keep scales of their own."""
-    tied = _tied(cell, operands, "all" if cell.same_scale == "aligned" else cell.same_scale)
+    return _at(cell, operands, cell.alike)
+
+
+def _at(cell: Cell, operands: Sequence[Slot], places: Sequence[int]) -> Iterator[tuple[Slot, ...]]:
+    slots = (*operands, tensor(cell.output))
+    tied = tuple(dict.fromkeys(slots[place] for place in places))
     if len(tied) > 1:
         yield tied
-
-
-def _tied(cell: Cell, operands: Sequence[Slot], rule: str) -> tuple[Slot, ...]:
-    output = () if cell.gives_float else (tensor(cell.output),)
-    tied = {"all": (*operands, *output), "inputs": tuple(operands), "input_output": (*operands[:1], *output)}
-    return tuple(dict.fromkeys(tied.get(rule, ())))
 
 
 def fixed_encoding(cell: Cell, format_name: str) -> FixedEncoding | None:

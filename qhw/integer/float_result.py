@@ -43,10 +43,7 @@ def in_float(result: QuantizedModel) -> tuple[str, ...]:
     """Operators that run in float32, in execution order: those of the host, and those that give float."""
     rows = result.target.operators
     return tuple(
-        one.name
-        for one in result.plan.operators
-        if one.where == "host"
-        or _gives_float(rows.get(one.subject.removeprefix("operators.").removesuffix(".kernels")))
+        one.name for one in result.plan.operators if one.where == "host" or _gives_float(rows.get(one.listed_as))
     )
 
 

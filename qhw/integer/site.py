@@ -200,7 +200,7 @@ class _Reader:
             operator=operator,
             node=self._graph.node(operator.name),
             members=members,
-            spec=self._result.target.operators[path.removeprefix("operators.")],
+            spec=self._result.target.operators[placement.listed_as],
             path=path,
             kernel=kernel,
             kernel_name=str(placement.kernel),

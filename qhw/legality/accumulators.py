@@ -13,6 +13,7 @@ from qhw.legality.artefact import Encoding
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.site import Site
 from qhw.numerics import accumulator_bits_needed, accumulator_bounds
+from qhw.numerics.pairwise import pair_sums
 from qhw.schema import WEIGHTED_KINDS, Accumulator, Pairwise
 
 __all__ = ["accumulator_findings", "largest_sums", "weight_sum_findings"]
@@ -148,11 +149,11 @@ def _of_pairs(path: str, spec: Accumulator, pairs: Pairwise, site: Site) -> Iter
         return
     assert isinstance(pairs.bits, int)
     low, high = _multiplied(x, str(pairs.operands))
-    lowest, highest = np.minimum(low * rows, high * rows), np.maximum(low * rows, high * rows)
     if is_ordered:
-        least, most = (_neighbours(ends) for ends in (lowest, highest))
-        least, most = least.min(1), most.max(1)
+        sums = pair_sums(torch.from_numpy(rows.copy()), low, high)
+        least, most = sums[0].numpy().min(1), sums[1].numpy().max(1)
     else:
+        lowest, highest = np.minimum(low * rows, high * rows), np.maximum(low * rows, high * rows)
         count = min(2, rows.shape[1])
         least = np.minimum(np.sort(lowest, axis=1)[:, :count], 0).sum(1)
         most = np.maximum(np.sort(highest, axis=1)[:, rows.shape[1] - count :], 0).sum(1)
@@ -165,12 +166,6 @@ def _of_pairs(path: str, spec: Accumulator, pairs: Pairwise, site: Site) -> Iter
     fix = "Use fewer codes of weights, as [-64, 64] for bytes."
     name = site.weight.name if site.weight else None
     yield Finding(f"{path}.bits", f"must hold two products in {pairs.bits} bits", got, fix, name)
-
-
-def _neighbours(ends: NDArray[Any]) -> NDArray[Any]:
-    """Sums of each two neighbours; an odd last one stays alone."""
-    padded = np.pad(ends, ((0, 0), (0, ends.shape[1] % 2)))
-    return np.asarray(padded[:, ::2] + padded[:, 1::2])
 
 
 def _raw_rows(site: Site, pairs: Pairwise, order: str | None) -> NDArray[np.int64] | None:

@@ -172,7 +172,8 @@ class Artefact:
         outputs: Values that it gives, quantized or not.
         biases: `stored`: the artefact holds biases as they will be used; `derived`: the toolchain quantizes them.
         opset: ONNX only.
-        tensors: Encodings of tensors by name where the artefact has no operators: of activations and of parameters.
+        activations: Encodings of activations by name where the artefact has no operators.
+        parameters: Encodings of parameters by name, likewise.
         remarks: What could not be read, one line each.
     """
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["OTHER_TYPE", "Finding"]
+__all__ = ["OTHER_TYPE", "Finding", "unknown"]
 
 OTHER_TYPE = 100
 """Distance of another stored type: so far that a kernel for the type at hand is always nearer."""

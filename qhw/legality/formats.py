@@ -111,11 +111,7 @@ def format_findings(path: str, spec: Format, operand: Operand) -> Iterator[Findi
             )
         return
     for found in _of_grid(path, spec, operand, e):
-        yield (
-            found
-            if found.is_open
-            else Finding(found.clause, found.must, found.got, found.fix, operand.tensor, distance=found.distance)
-        )
+        yield found if found.is_open else replace(found, tensor=operand.tensor)
 
 
 def _is_plain_float(spec: Format) -> bool:

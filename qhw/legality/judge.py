@@ -2,6 +2,7 @@
 """The walk over an artefact: who runs each operator, and whether the target allows it as it stands."""
 
 from qhw.graph import VIEW_KINDS
+from qhw.graph.cell import TWO_OPERANDS
 from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator
 from qhw.legality.chain import Chain, chain_of, within
@@ -42,7 +43,7 @@ class _Judge:
         self._name = name
         self._fallback = target.fallback if host_allowed else "refuse"
         self._settled = settle(artefact)
-        self._violations: list[Violation] = []
+        self._violations: dict[Violation, None] = {}  # in order; a tensor that is read twice breaks a clause once
         self._open: dict[tuple[str, str], list[str]] = {}
         self._taken: dict[str, str] = {}
         self._first_on_host: str | None = None
@@ -78,8 +79,7 @@ class _Judge:
                 nodes.append(node)
             return
         violation = Violation(node, kind, finding.tensor, finding.clause, finding.must, finding.got, finding.fix)
-        if violation not in self._violations[-20:]:  # a tensor that an operator reads twice
-            self._violations.append(violation)
+        self._violations[violation] = None
 
     def _judged(self, operator: ArtefactOperator) -> OperatorReport:
         if operator.name in self._taken:
@@ -114,7 +114,7 @@ class _Judge:
         spec = self._target.operators.get(operator.kind)
         grids = [use.encoding for use in (*operator.inputs[:1], operator.output)]
         if spec is not None and None not in grids:
-            site = Site(self._target, operator, f"operators.{operator.kind}", spec, operator.inputs, operator.output)
+            site = Site(self._target, operator, f"operators.{operator.kind}", spec, operator.output)
             findings = list(tie_findings(site, {}))
             if findings:
                 return self._noted(operator, None, findings)
@@ -124,7 +124,7 @@ class _Judge:
         self, operator: ArtefactOperator, path: str, spec: OperatorSpec, chain: Chain
     ) -> OperatorReport | Finding:
         """The operator under one row of the target, or what keeps it from that."""
-        limits = list(limit_findings(graph_operator(operator, operator.inputs), path, spec))
+        limits = list(limit_findings(graph_operator(operator), path, spec))
         broken = next((one for one in limits if not one.is_open), None)
         if broken is not None:
             return broken
@@ -180,7 +180,7 @@ class _Judge:
     def _movement(
         self, operator: ArtefactOperator, path: str, spec: OperatorSpec, limits: list[Finding]
     ) -> OperatorReport:
-        site = Site(self._target, operator, path, spec, operator.inputs, operator.output)
+        site = Site(self._target, operator, path, spec, operator.output)
         return self._noted(operator, None, [*limits, *tie_findings(site, {})])
 
     def _leaves_in_float(self, spec: OperatorSpec, tensor: str, is_quantized: bool) -> tuple[bool, list[Finding]]:
@@ -199,7 +199,8 @@ class _Judge:
         self, operator: ArtefactOperator, spec: OperatorSpec, chain: Chain, leaves_in_float: bool
     ) -> Finding | None:
         """Why the artefact computes an operator in real numbers although the target has it; None where it does not."""
-        rows = [self._target.kernels[name] for name in spec.kernels or ()]
+        names = spec.kernels if isinstance(spec.kernels, tuple) else ()
+        rows, first = [self._target.kernels[name] for name in names], f"kernels.{names[0]}"
         weight = operator.weight
 
         def takes(field: str) -> bool:
@@ -209,20 +210,20 @@ class _Judge:
             if weight is None:
                 return _missing("operators", "a weight computed at run time", "Make it a constant.")
             if weight.encoding is None and spec.parameters != "float" and not takes("weight"):
-                clause = f"kernels.{(spec.kernels or ('',))[0]}.weight"
+                clause = f"{first}.weight"
                 return _missing(clause, "weights in real numbers", "Quantize its weights.", "quantized weights")
             return None
         real = next((use.tensor for use in operator.inputs if use.encoding is None), None)
         constant_is_real = weight is not None and weight.encoding is None and spec.parameters != "float"
-        needs_weight = any(row.weight is not None for row in rows) or operator.kind in _TWO_CONSTANT
+        needs_weight = any(row.weight is not None for row in rows) or operator.kind in TWO_OPERANDS
         if (real is not None or (constant_is_real and needs_weight)) and not takes("input"):
             what = real or (weight.name if weight is not None else "")
-            clause = f"kernels.{(spec.kernels or ('',))[0]}.input"
+            clause = f"{first}.input"
             return _missing(clause, f"real numbers in '{what}'", "Quantize it.", "quantized operands")
         if chain.output.encoding is None and not leaves_in_float and not takes("output"):
             if all(row.output is None for row in rows):
                 return None
-            clause = f"kernels.{(spec.kernels or ('',))[0]}.output"
+            clause = f"{first}.output"
             return _missing(clause, "a result in real numbers", "Quantize its result.", "a quantized result")
         return None
 
@@ -255,15 +256,12 @@ class _Judge:
         return _report(operator, status, kernel, reason or (findings[0].clause if status == "unjudged" else ""))
 
 
-_TWO_CONSTANT = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "MatMul"})
-
-
 def _report(operator: ArtefactOperator, status: Status, kernel: str | None = None, reason: str = "") -> OperatorReport:
     return OperatorReport(operator.name, operator.kind, operator.type, status, kernel, reason)
 
 
 def _missing(clause: str, got: str, fix: str, wanted: str = "an operator that the target runs") -> Finding:
-    return Finding(clause, f"must be {wanted}", got, fix, distance=100)
+    return Finding(clause, f"must be {wanted}", got, fix)
 
 
 def _is_touched(operator: ArtefactOperator, chain: Chain) -> bool:

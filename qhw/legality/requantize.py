@@ -82,10 +82,10 @@ def _of_ratio(legal: LegalRatios, rule: Requantize, ratio: Ratio) -> Iterator[Fi
 
 
 def _shared_shift(path: str, rule: Requantize, ratio: Ratio) -> Iterator[Finding]:
-    if rule.shift_per != "tensor" or rule.kind not in ("fixed_point", "shift"):
+    if rule.shift_per != "tensor" or rule.kind != "shift":
         return
     shifts = {_shift_of(float(value), rule) for value in np.atleast_1d(ratio.value) if value > 0}
-    if len(shifts) > 1 and rule.kind == "shift":
+    if len(shifts) > 1:
         fix = "Give all channels one scale."
         yield Finding(f"{path}.shift_per", 'must be "tensor"', f"shifts {sorted(shifts)}", fix, ratio.tensor)
 

@@ -69,7 +69,7 @@ def nearest_row(
         row = target.kernels[name]
         listed = at_edge or (row.output if isinstance(row.output, tuple) else ())
         kept = implied(chain, [target.formats[f] for f in listed])
-        site = Site(target, operator, path, spec, operator.inputs, chain.output, kept.kinds, leaves_in_float)
+        site = Site(target, operator, path, spec, chain.output, kept.kinds, leaves_in_float)
         findings, output = _of_formats(site, name, at_edge)
         findings += chain_findings(path, spec, name, row, kept)
         if operator.kind in WEIGHTED_KINDS:

@@ -90,7 +90,7 @@ def fixed_findings(site: Site, format_name: str | None) -> Iterator[Finding]:
 
 
 def _cell(site: Site, kernels: dict[str, Kernel]) -> Cell:
-    operator = graph_operator(site.operator, site.inputs)
+    operator = graph_operator(site.operator)
     names = tuple(use.tensor for use in site.inputs)
     return Cell(
         operator=operator,

@@ -8,14 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qhw.graph import Operator as GraphOperator
+from qhw.graph.cell import TWO_OPERANDS
 from qhw.legality.artefact import ArtefactOperator, Constant, Encoding, Use
 from qhw.legality.formats import Operand
 from qhw.schema import Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["TWO_OPERANDS", "Site", "graph_operator"]
-
-TWO_OPERANDS = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min", "MatMul"})
+__all__ = ["Site", "graph_operator"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +26,6 @@ class Site:
         operator: As the artefact has it.
         path: Field path of the target's row for it, as `operators.Conv`.
         spec: That row.
-        inputs: What it reads, on grids as they reach it.
         output: What the last operator of its chain writes; no grid: it leaves as real numbers.
         chain: Kinds of the operators computed along behind it.
         leaves_in_float: Its result may be real numbers.
@@ -37,7 +35,6 @@ class Site:
     operator: ArtefactOperator
     path: str
     spec: OperatorSpec
-    inputs: tuple[Use, ...]
     output: Use
     chain: tuple[str, ...] = ()
     leaves_in_float: bool = False
@@ -46,6 +43,11 @@ class Site:
     def kind(self) -> str:
         """The operator's kind."""
         return self.operator.kind
+
+    @property
+    def inputs(self) -> tuple[Use, ...]:
+        """What it reads, on grids as they reach it."""
+        return self.operator.inputs
 
     @property
     def weight(self) -> Constant | None:
@@ -115,13 +117,13 @@ def _spread(encoding: Encoding, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return zeros.reshape(layout)
 
 
-def graph_operator(operator: ArtefactOperator, inputs: tuple[Use, ...]) -> GraphOperator:
+def graph_operator(operator: ArtefactOperator) -> GraphOperator:
     """The same as the planner's rules read operators: limits, ties, sums."""
     return GraphOperator(
         name=operator.name,
         kind=operator.kind,
         node=operator.name,
-        inputs=tuple(use.tensor for use in inputs),
+        inputs=tuple(use.tensor for use in operator.inputs),
         weight=None if operator.weight is None else operator.weight.name,
         bias=None if operator.bias is None else operator.bias.name,
         weight_axis=operator.weight_axis,

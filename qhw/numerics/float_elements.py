@@ -10,7 +10,7 @@ from torch import Tensor
 from qhw.errors import RangeError
 from qhw.numerics.elements import ElementSet
 
-__all__ = ["FloatElements"]
+__all__ = ["BFLOAT16", "FLOAT16", "FloatElements"]
 
 _MOST_MANTISSA = 20
 _FLOAT32_EMIN, _FLOAT32_EMAX, _FLOAT32_MANTISSA = -126, 127, 23
@@ -162,3 +162,6 @@ class FloatElements(ElementSet):
         size = torch.ldexp(whole, exponent.clamp(min=1) - self.bias - m)
         value = torch.where(size > self.finite_max, math.nan, size)
         return torch.where((code >> (self.bits - 1)) & 1 == 1, -value, value).float()
+
+
+FLOAT16, BFLOAT16 = FloatElements(5, 10, 65504.0), FloatElements(8, 7, 255 * 2.0**120)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qhw.errors import RangeError
 from qhw.numerics.elements import ElementSet
-from qhw.numerics.float_elements import FloatElements
+from qhw.numerics.float_elements import BFLOAT16, FLOAT16, FloatElements
 from qhw.numerics.granularity import Granularity
 from qhw.numerics.qparams import QParams
 
@@ -22,11 +22,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 # A power-of-two search tries the covering exponent and the eight below: each halves the range it does not clip.
 _EXPONENTS_BELOW_COVERING = 8
 _SMALLEST_E8M0 = 2.0**-127
-_TYPES = {
-    "float16": FloatElements(5, 10, 65504.0),
-    "bfloat16": FloatElements(8, 7, 255 * 2.0**120),
-    "e4m3": FloatElements(4, 3, 448.0),
-}
+_TYPES = {"float16": FLOAT16, "bfloat16": BFLOAT16, "e4m3": FloatElements(4, 3, 448.0)}
 _POWERS = ("power_of_two", "e8m0")
 
 

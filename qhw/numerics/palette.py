@@ -11,7 +11,7 @@ from torch import Tensor
 from qhw.errors import RangeError
 from qhw.numerics.clusters import cluster_rows
 from qhw.numerics.elements import ElementSet
-from qhw.numerics.float_elements import FloatElements
+from qhw.numerics.float_elements import BFLOAT16, FLOAT16
 
 __all__ = ["PaletteElements", "PaletteEntry"]
 
@@ -213,7 +213,7 @@ def _as_entries(centres: Tensor, entry: PaletteEntry) -> Tensor:
     if entry == "int8":
         return centres.round().clamp(-_LARGEST_INT8 - 1, _LARGEST_INT8).float()
     if entry == "float16":
-        return FloatElements(5, 10, 65504.0).round_to(centres).float()
+        return FLOAT16.round_to(centres).float()
     if entry == "bfloat16":
-        return FloatElements(8, 7, 255 * 2.0**120).round_to(centres).float()
+        return BFLOAT16.round_to(centres).float()
     return centres.float()

@@ -106,7 +106,7 @@ class TensorError:
         # Plain numbers, where every candidate has the same zero point: two passes over the rows less.
         self._bounds = None if fixed is None else (grid.quant_min - fixed[0], grid.quant_max - fixed[0])
         # Every row is brought to a magnitude in [0.5, 1), exactly: the square of 1e30 would overflow float32.
-        magnitude = rows.abs().nan_to_num(0.0).amax(1, keepdim=True).double()
+        magnitude = rows.abs().nan_to_num_(0.0).amax(1, keepdim=True).double()
         self._unit = torch.ldexp(torch.ones_like(magnitude), -torch.frexp(magnitude).exponent)
         self._rows = (rows.double() * self._unit).float()
 

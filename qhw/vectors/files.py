@@ -142,9 +142,9 @@ def _run(
         "inputs": list(inputs.values()),
         "operators": list(entries.values()),
         "host": [
-            {"name": one.name, "kind": kinds[one.name].kind, "inputs": list(kinds[one.name].inputs)}
-            for one in result.plan.operators
-            if one.name in in_float(result) and one.name in kinds
+            {"name": name, "kind": kinds[name].kind, "inputs": list(kinds[name].inputs)}
+            for name in in_float(result)
+            if name in kinds
         ],
     }
 

@@ -208,9 +208,9 @@ def failing(error: BaseException) -> Callable[..., Any]:
 def test_what_ends_the_command_behind_the_work_leaves_the_layers_and_says_so(
     command: Any, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qhw.api, "export", failing(ExportError("x: no.")))
+    monkeypatch.setattr(qhw.api, "_written", failing(ExportError("x: no.")))
     kept = f"{LAYERS} finished layers are kept in late.work"
     assert command("late") == (1, [f"{kept}, for when the command is run again.", "error: x: no."])
     assert len(list((place / "late.work").iterdir())) == LAYERS
-    monkeypatch.setattr(qhw.api, "export", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(qhw.api, "_written", failing(KeyboardInterrupt()))
     assert command("late") == (130, [f"interrupted: {kept}. Run the same command again to go on."])

@@ -371,7 +371,7 @@ def test_interrupt_leaves_nothing(qhw_run: Run, folder: Path, monkeypatch: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qhw.api, "export", interrupted)
+    monkeypatch.setattr(qhw.api, "_written", interrupted)
     ran = qhw_run(*QUANTIZE)
     assert ran.status == 130
     assert "interrupted" in ran.err
@@ -412,7 +412,7 @@ def test_with_json_an_interrupt_is_an_object_too(qhw_run: Run, monkeypatch: pyte
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(qhw.api, "export", interrupted)
+    monkeypatch.setattr(qhw.api, "_written", interrupted)
     ran = qhw_run(*QUANTIZE, "--json")
     assert ran.status == 130 and "interrupted" in ran.err
     assert json.loads(ran.out) == {

@@ -145,11 +145,18 @@ def test_rows_of_integers_are_simulated_and_refused_likewise(images: Tensor, num
         qhw.export(result, tmp_path, registry=numbers)
 
 
-def test_an_integer_bias_in_units_of_live_sums_is_refused(images: Tensor, numbers: Registry) -> None:
+@pytest.mark.parametrize("rule", ['scale = "input*weight"', 'scale = "own", align = "shift"'])
+def test_an_integer_bias_in_units_of_live_sums_is_refused(rule: str, images: Tensor, numbers: Registry) -> None:
     graph = qhw.capture(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), images[:2])
-    text = BY_ROW.replace('bits = "float"', 'bits = 32, scale = "input*weight"')
+    text = BY_ROW.replace('bits = "float"', f"bits = 32, {rule}")
     with pytest.raises(PlanError, match=r"1\.bias: an integer bias in units of input\*weight .* computed at run time"):
         qhw.plan(graph, parse_target(text), registry=numbers)
+
+
+def test_a_bias_of_its_own_scale_that_meets_no_live_sum_is_planned(images: Tensor, numbers: Registry) -> None:
+    graph = qhw.capture(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).eval(), images[:2])
+    made = qhw.plan(graph, parse_target(BY_ROW.replace('bits = "float"', 'bits = 32, scale = "own"')), registry=numbers)
+    assert [point.name for point in made.points if point.role == "bias"] == ["1.bias"]
 
 
 def test_live_scales_stay_live_in_training(graph: Graph, images: Tensor, numbers: Registry, spec: TargetSpec) -> None:

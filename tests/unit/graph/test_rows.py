@@ -61,4 +61,4 @@ def test_costs_order_kernels_and_equal_ones_keep_their_place() -> None:
             [", preference_cost = 2.0", "", ", preference_cost = 0.5", ", preference_cost = 0.0"]
         )
     )
-    assert preferred(parse_target(HEAD + rows), ["k0", "k1", "k2", "k3"]) == ["k1", "k3", "k2", "k0"]
+    assert preferred(parse_target(HEAD + rows).kernels, ["k0", "k1", "k2", "k3"]) == ["k1", "k3", "k2", "k0"]
