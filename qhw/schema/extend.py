@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`extends`: a child's file laid over its base. Tables merge by field, lists replace, sources follow leaves."""
+"""`extends`: a child's file laid over its base.
 
+Tables merge by field, lists replace, sources follow leaves, conflicts follow the field that they are about.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 from qhw.schema.provenance import KEYED, SINGLE, claim_tables, claims, leaf_paths
@@ -29,8 +33,9 @@ def merge_target(base: Data, child: Data) -> Data:
     """A normalised child file over its resolved, normalised base.
 
     A leaf the child writes takes the child's source, or none; every other keeps the base's. A tag that means another
-    text in the child is renamed in the base to `TAG@vendor/chip`, after the target that wrote it. `inherited` names for
-    every leaf the base wrote the target that wrote it.
+    text in the child is renamed in the base to `TAG@vendor/chip`, after the target that wrote it. A conflict of the
+    base stays where the child writes neither its field nor a conflict about it. `inherited` names for every leaf,
+    conflict and document that the base wrote the target that wrote it.
     """
     base = _rename_tags(base, _clashes(base, child))
     writers = base.get("inherited")
@@ -43,6 +48,9 @@ def merge_target(base: Data, child: Data) -> Data:
     # Tables of claims are exchanged below, in copies: base and child stay as they are.
     result = {key: dict(value) if key in KEYED and isinstance(value, dict) else value for key, value in result.items()}
     inherited: Data = {}
+    kept = _kept_conflicts(base, child)
+    if isinstance(base.get("conflicts"), list) and isinstance(child.get("conflicts", []), list):
+        result["conflicts"] = [*kept, *child.get("conflicts", ())]
     for where, table in list(claim_tables(result)):
         own = set(leaf_paths(claims(where, _at(child, where))))
         sources: Data = {}
@@ -56,8 +64,10 @@ def merge_target(base: Data, child: Data) -> Data:
                 path = ".".join((*where, *leaf))
                 inherited[path] = writers.get(path, base_name)
         result = _with_source(result, where, table, sources, _at(child, where).get("source"))
-    for section in ("sources", "summary", "conflicts"):
-        inherited.update(_inherited_section(section, base, child, writers))
+    written = [f"conflicts.{entry['field']}" for entry in kept]
+    written += [] if base.get("summary") is None or "summary" in child else ["summary"]
+    written += sorted(f"sources.{tag}" for tag in _tags(base) if tag not in _tags(child))
+    inherited.update({path: writers.get(path, base_name) for path in written})
     lineage = base.get("lineage")
     return {
         **result,
@@ -86,15 +96,32 @@ def _at(data: Data, where: tuple[str, ...]) -> Data:
     return here if isinstance(here, dict) else {}
 
 
-def _inherited_section(section: str, base: Data, child: Data, writers: Data) -> Data:
-    held = base.get(section)
-    if section == "sources":
-        own = child.get(section)
-        tags = set(held if isinstance(held, dict) else ()) - set(own if isinstance(own, dict) else ())
-        paths = sorted(f"{section}.{tag}" for tag in tags)
-    else:
-        paths = [section] if held is not None and section not in child else []
-    return {path: writers.get(path, base.get("name")) for path in paths}
+def _kept_conflicts(base: Data, child: Data) -> list[Data]:
+    """Conflicts of the base about fields that the child leaves alone."""
+    held, own = base.get("conflicts"), child.get("conflicts", [])
+    if not isinstance(held, list) or not isinstance(own, list):
+        return []
+    settled = {entry["field"] for entry in own if _is_conflict(entry)}
+    settled |= {".".join((*where, *leaf)) for where, table in claim_tables(child) for leaf in _leaves(where, table)}
+    return [entry for entry in held if _is_conflict(entry) and not _touches(entry["field"], settled)]
+
+
+def _leaves(where: tuple[str, ...], table: Data) -> Iterator[tuple[str, ...]]:
+    return leaf_paths(claims(where, table))
+
+
+def _is_conflict(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("field"), str)
+
+
+def _touches(field: str, written: set[str]) -> bool:
+    """Whether a field, what it lies in or something in it is written."""
+    return any(f"{field}.".startswith(f"{path}.") or path.startswith(f"{field}.") for path in written)
+
+
+def _tags(data: Data) -> Data:
+    tags = data.get("sources")
+    return tags if isinstance(tags, dict) else {}
 
 
 def _clashes(base: Data, child: Data) -> dict[str, str]:

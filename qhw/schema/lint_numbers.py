@@ -285,8 +285,6 @@ def _of_conflicts(spec: TargetSpec) -> Iterator[Remark]:
         scalar = isinstance(here, bool | int | float | str)
         if conflict.chosen is None or not scalar or isinstance(conflict.chosen, tuple):
             continue
-        if "conflicts" in spec.inherited and str(conflict.field) not in spec.inherited:
-            continue  # what it says itself is no reading of its base's sources
         if here != conflict.chosen:
             text = (
                 f"chooses {shown(conflict.chosen)} for {conflict.field}, which says {shown(here)}. Correct one of them."

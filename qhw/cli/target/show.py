@@ -88,7 +88,8 @@ def _show_foot(spec: "TargetSpec") -> None:
         sides = "; ".join(f"{_plain(one.value)} ({_tags(one.source)})" for one in conflict.readings)
         chosen = "nothing is chosen" if conflict.chosen is None else f"chosen {_plain(conflict.chosen)}"
         why = f", because {conflict.why}" if conflict.why else ""
-        paragraph(str(conflict.field), f"{sides}; {chosen}{why}", indent=2)
+        writer = _origin(spec, f"conflicts.{conflict.field}")
+        paragraph(str(conflict.field), f"{sides}; {chosen}{why}{writer}", indent=2)
 
 
 def _entries(spec: "TargetSpec", section: str, held: Any) -> Iterator[tuple[str, list[str]]]:

@@ -200,7 +200,7 @@ def test_each_value_is_shown_with_its_source_and_its_writer(qhw_run: Run, family
         "  MINE                  measured",
         "",
         "conflicts",
-        "  formats.a8.bits       8 (DOC); 9 (ERR, memory); chosen 8, because newer",
+        "  formats.a8.bits       8 (DOC); 9 (ERR, memory); chosen 8, because newer   <- acme/base",
     ]
     own = qhw_run("target", "show", "base.toml").out
     assert "<-" not in own and "extends" not in own

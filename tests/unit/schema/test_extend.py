@@ -173,6 +173,27 @@ def test_places_name_the_file_that_wrote_the_field(child: Path) -> None:
     assert located.place(("operators", "Conv", "kernels")) == f"{child.parent / 'base.toml'}:8"
 
 
+def conflict(field: str, why: str) -> str:
+    readings = ", ".join(f'{{ value = {value}, source = "memory" }}' for value in (1, 2))
+    return f'[[conflicts]]\nfield = "{field}"\nreadings = [{readings}]\nwhy = "{why}"\n'
+
+
+def test_conflicts_of_a_base_stay_where_the_child_leaves_the_field_alone(child: Path) -> None:
+    about = ("formats.a8.bits", "accumulators.sum.overflow", "operators.Conv", "operators.Conv.kernels")
+    base = "".join(conflict(field, "base") for field in about)
+    (child.parent / "base.toml").write_text(BASE + base)
+    (child.parent / "middle.toml").write_text(MIDDLE + conflict("formats.a8.bits", "middle"))
+    child.write_text(CHILD + conflict("accumulators.sum.bits", "child"))
+    spec = load_target_file(child)
+    # The child states overflow, and a part of operators.Conv; the middle one reads the bits of a8 in its own way.
+    wanted = {"operators.Conv.kernels": "base", "formats.a8.bits": "middle", "accumulators.sum.bits": "child"}
+    assert [(entry.field, entry.why) for entry in spec.conflicts] == list(wanted.items())
+    assert {field: spec.written_by(f"conflicts.{field}") for field in wanted} == {
+        field: f"acme/{why}" for field, why in wanted.items()
+    }
+    assert parse_target(to_json(spec), name_of_file="target.json") == spec
+
+
 def test_a_cycle_is_refused_by_its_names(tmp_path: Path) -> None:
     for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
         (tmp_path / f"{name}.toml").write_text(f'schema_version = 1\nname = "x/{name}"\nextends = "{base}.toml"\n')
