@@ -112,7 +112,7 @@ def _show_rest(result: "QuantizedModel", folder: Path, rest: "Remainder") -> Non
         paragraph("Artefact", f"not run: {rest.not_run}")
     else:
         paragraph("Simulation", _simulation_words(rest))
-    if open_fields(result.target):
+    if any("qhw verify" in field.commands for field in open_fields(result.target)):
         print(f"Next: 'qhw target lint {argument(folder / 'target.json')}' lists all that the target leaves open.")
 
 

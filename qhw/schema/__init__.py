@@ -11,7 +11,8 @@ from qhw.schema.kernels import ExponentBound, Kernel
 from qhw.schema.lint import Finding, lint
 from qhw.schema.load import FindBase, LoadedTarget, Located, load_target_file, parse_target, read_target_file
 from qhw.schema.marks import recorded_fields
-from qhw.schema.open_fields import OpenField, open_fields
+from qhw.schema.open_field import OpenField
+from qhw.schema.open_fields import open_fields
 from qhw.schema.operators import (
     PLANNED_LIMITS,
     WEIGHTED_KINDS,

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fields decide the integer result of an operator, which of them a target leaves open, and who needs them."""
+"""Which fields decide the integer result of an operator, or its cost, and are left open; and who needs them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qhw.schema.arithmetic import Accumulator, Align, Pairwise, Requantize, Shift
 from qhw.schema.base import UNKNOWN, Path, Table, leaves
 from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
+from qhw.schema.open_costs import open_costs
+from qhw.schema.open_field import OpenField
 from qhw.schema.operators import WEIGHTED_KINDS, Approximation, Operator
 from qhw.schema.spec import TargetSpec
-from qhw.schema.words import joined
 
-__all__ = ["FUNCTION_KINDS", "OpenField", "open_fields"]
+__all__ = ["FUNCTION_KINDS", "open_fields"]
 
 EXACT = ("qhw verify", "qhw golden")
 SUMS = (*EXACT, "qhw accumulators")
@@ -39,34 +40,6 @@ _OUTSIDE = {"outside": "where operands have codes without a value"}
 _BY_TABLE: Mapping[str, Mapping[str, str]] = {"Log": _OUTSIDE, "Pow": _OUTSIDE, "Rsqrt": _OUTSIDE, "Sqrt": _OUTSIDE}
 
 
-@dataclass(frozen=True)
-class OpenField:
-    """A field that decides something and is absent or unknown.
-
-    Attributes:
-        path: Where it would stand.
-        value: `absent`: nobody looked. `unknown`: looked for, not published.
-        kinds: Operator kinds whose result it decides; empty where it is about the whole target.
-        commands: What cannot answer because of it.
-        where: On what operators it decides, in words; empty: on all of these kinds.
-        effect: What follows, in words, where more is to be said than that the commands cannot answer.
-    """
-
-    path: Path
-    value: str
-    kinds: tuple[str, ...]
-    commands: tuple[str, ...]
-    where: str = ""
-    effect: str = ""
-
-    def sentence(self) -> str:
-        """As `absent: qhw verify and qhw golden cannot answer for Conv and Gemm`."""
-        if self.effect:
-            return f"{self.value}: {self.effect}"
-        about = f" for {joined(self.kinds)}" if self.kinds else ""
-        return f"{self.value}: {joined(self.commands)} cannot answer{about}{f', {self.where}' if self.where else ''}"
-
-
 def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
     """The fields that a target leaves open and that some command needs, each once, in the order of its operators.
 
@@ -80,7 +53,7 @@ def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
                 kinds = tuple(dict.fromkeys((*known.kinds, kind)))
                 where = known.where if known.where == one.where else ""
                 found[one.path] = replace(known, kinds=kinds, where=where)
-    for one in _of_target(spec):
+    for one in (*_of_target(spec), *open_costs(spec)):
         found[one.path] = one
     return tuple(found.values())
 
@@ -238,13 +211,18 @@ def _of_align(path: Path, operator: Operator, align: Align | str | None) -> Iter
         yield from _open((*path, "shift"), align.shift, where=where)
 
 
+def _adds_as_they_are(operator: Operator) -> bool:
+    """Operands on one scale need no pre-shift; one that is stated, or unknown, decides all the same."""
+    return operator.preshift_bits is None and operator.same_scale in ("inputs", "all")
+
+
 def _of_operator(kernel: Kernel, kind: str, operator: Operator, entry: Requantize) -> Iterator[OpenField]:
     path: Path = ("operators", kind)
     if entry.kind in ("fixed_point", "float64") and operator.ratio == UNKNOWN:
         yield from _open((*path, "ratio"), operator.ratio)
     if kind in MEANS and operator.mean_count == UNKNOWN:
         yield from _open((*path, "mean_count"), operator.mean_count)
-    if kind in ADDITIONS and entry.kind == "fixed_point":
+    if kind in ADDITIONS and entry.kind == "fixed_point" and not _adds_as_they_are(operator):
         stated = operator.preshift_bits
         inputs = kernel.input if isinstance(kernel.input, tuple) else ()
         is_open = not isinstance(stated, dict) or not set(stated) & set(inputs)

@@ -205,7 +205,8 @@ class Operator(Table):
         "Operator kind as which a window that covers the whole image is computed, where that kind's arithmetic differs."
     )
     preshift_bits: dict[Id, Count] | Unknown | None = used(
-        "Per input format the bits operands are shifted left by before they are rescaled and added."
+        "Per input format the bits operands are shifted left by before they are rescaled and added. Absent where "
+        "`same_scale` is inputs or all: they are added as they are, and the sum is rescaled once."
     )
     approximation: Approximation | Unknown | None = used("What is computed in place of the exact function.")
     output: Literal["integer", "float"] | Unknown | None = used(

@@ -61,7 +61,7 @@ def test_the_first_target_is_complete_in_a_dozen_lines(folder: Path) -> None:
     target = qhw.load_target(folder / "tiny.toml")
     assert target.name == "acme/tiny"
     fields = {".".join(map(str, field.path)) for field in open_fields(target)}
-    assert fields == {"artefact.exporter", "artefact.executor"}  # nothing that decides an integer
+    assert fields == {"artefact.exporter", "artefact.executor", "cost"}  # nothing that decides an integer
 
 
 @pytest.mark.parametrize("command", list(commands()))
