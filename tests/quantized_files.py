@@ -25,6 +25,7 @@ class Grid:
     dtype: str = "int8"
     axis: int = 0
     block_size: int = 0
+    scale_dtype: str = "float32"
 
 
 def grid(scale: ArrayLike, zero_point: ArrayLike = 0, dtype: str = "int8", **more: Any) -> Grid:
@@ -54,10 +55,10 @@ class OnnxFile:
         return name
 
     def stored(self, name: str, array: ArrayLike, dtype: str = "float32") -> str:
-        """An initializer; int4 and uint4 are packed."""
-        if dtype in ("int4", "uint4"):
+        """An initializer; of small floats the array has the values, which must be theirs."""
+        if dtype in ("int4", "uint4") or dtype.startswith(("float8", "float4", "bfloat")):
             values = np.asarray(array)
-            kind = TensorProto.INT4 if dtype == "int4" else TensorProto.UINT4
+            kind = getattr(TensorProto, dtype.upper())
             self.tensors.append(helper.make_tensor(name, kind, values.shape, values.reshape(-1).tolist()))
         else:
             self.tensors.append(numpy_helper.from_array(np.asarray(array, dtype=dtype), name))
@@ -83,7 +84,7 @@ class OnnxFile:
         return self.op("DequantizeLinear", [self.stored(name, codes, at.dtype), *names], f"{name}/dq", **attributes)
 
     def _parameters(self, name: str, at: Grid) -> list[str]:
-        scale = self.stored(f"{name}/scale", at.scale)
+        scale = self.stored(f"{name}/scale", at.scale, at.scale_dtype)
         zero = np.broadcast_to(np.asarray(at.zero_point), np.shape(at.scale))
         return [scale] if at.dtype == "int32" else [scale, self.stored(f"{name}/zero", zero, at.dtype)]
 
@@ -150,10 +151,14 @@ def conv_file(
     return f
 
 
-def gemm_file(*, x: Grid = X, w: Grid = W, y: Grid = Y, codes: Array | None = None) -> OnnxFile:
-    """A product 'gemm' of [1, 8] and four rows, without a bias."""
-    f = OnnxFile()
+def gemm_file(
+    *, x: Grid | None = X, w: Grid = W, y: Grid | None = Y, codes: Array | None = None, opset: int = 21
+) -> OnnxFile:
+    """A product 'gemm' of [1, inputs] and rows [outputs, inputs], without a bias; no grid: real numbers."""
+    f = OnnxFile(opset)
     rows = (np.arange(32) % 15 - 7).reshape(4, 8) if codes is None else codes
-    source = f.pair(f.given("x", [1, rows.shape[1]]), x)
-    f.gives(f.pair(f.op("Gemm", [source, f.weight("w", rows, w)], "gemm", transB=1), y))
+    source = f.given("x", [1, rows.shape[1]])
+    source = source if x is None else f.pair(source, x)
+    value = f.op("Gemm", [source, f.weight("w", rows, w)], "gemm", transB=1)
+    f.gives(value if y is None else f.pair(value, y), [1, len(rows)])
     return f

@@ -14,7 +14,7 @@ from qhw.legality import Artefact, ArtefactOperator, Constant, Encoding, Use, en
 from qhw_plugins.onnx_integer import INTEGER_OPERATORS, IntegerForm
 from qhw_plugins.onnx_kinds import attributes_of, kind_of
 from qhw_plugins.onnx_parameters import Parameters
-from qhw_plugins.onnx_stored import INTEGERS, IntegerType
+from qhw_plugins.onnx_stored import CODE_TYPES, CodeType
 
 __all__ = ["OnnxArtefact"]
 
@@ -28,7 +28,7 @@ _KEEPS_RANK = frozenset({
     "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MaxPool", "Mish", "Neg", "PRelu", "Pad", "Pow", "Relu",
     "Resize", "Sigmoid", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Tanh", "Tile", "Transpose",
 })  # fmt: skip
-UINT8 = IntegerType("uint8", 8, False)
+UINT8 = CodeType("uint8", 8, False)
 
 
 @dataclass
@@ -149,14 +149,10 @@ class OnnxArtefact:
         given = attributes_of(node)
         zero = node.input[2] if len(node.input) > 2 else ""
         typed = self._constants.data_type(zero) or self._constants.data_type(codes) or given.get("output_dtype")
-        typed = typed or (self._types.get(codes) if self._types.get(codes) in INTEGERS else None)
-        small = self._constants.small_float(node.input[1], int(typed)) if typed else None
-        if small is not None:
-            return small
+        kind = CODE_TYPES.get(int(typed or self._types.get(codes, 0)))
         known = self._grid.get(codes)
-        kind = INTEGERS.get(int(typed)) if typed else None
         if kind is None:
-            kind = UINT8 if known is None else IntegerType(known.type, known.bits, bool(known.signed))
+            kind = UINT8 if known is None else CodeType(known.type, known.bits, bool(known.signed), known.elements)
         return self._constants.encoding(
             node.input[1],
             zero,
@@ -305,7 +301,7 @@ class OnnxArtefact:
             name = at(value)
             if not name:
                 continue
-            stored = self._constants.integer_type(at(zero)) or self._constants.integer_type(name) or UINT8
+            stored = self._constants.code_type(at(zero)) or self._constants.code_type(name) or UINT8
             shape = self._constants.shape(name) if name in self._constants else None
             axis = form.weight_axis(shape, given)
             encoding = self._constants.encoding(at(scale), at(zero), stored, axis=axis, shape=shape)
@@ -323,7 +319,7 @@ class OnnxArtefact:
         self._place_axes(draft, form.computes, given, weight_name)
         result = form.result(len(names))
         if result is not None:
-            kind_out = self._constants.integer_type(at(result[1])) or UINT8
+            kind_out = self._constants.code_type(at(result[1])) or UINT8
             draft.encoding = self._constants.encoding(at(result[0]), at(result[1]), kind_out, axis=None)
         self._finish(draft)
 

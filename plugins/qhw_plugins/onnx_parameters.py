@@ -2,17 +2,19 @@
 """Constants of an ONNX graph, and the grids that scales and zero points make of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 
 from qhw.errors import ArtefactError
 from qhw.legality import Constant, Encoding, encoding_of
-from qhw_plugins.onnx_stored import INTEGERS, IntegerType, array_of, float_bits, type_name
+from qhw_plugins.onnx_stored import CODE_TYPES, CodeType, array_of, type_name
 
 __all__ = ["Parameters"]
 
@@ -87,16 +89,16 @@ class Parameters:
         small = shape is not None and math.prod(shape) <= _SMALL
         return Constant(name, shape, reals=self.array(name) if small and name in self._stored else None)
 
-    def integer_type(self, name: str) -> IntegerType | None:
-        """Type of a stored tensor of integers."""
+    def code_type(self, name: str) -> CodeType | None:
+        """Type of a stored tensor of codes."""
         tensor = self._stored.get(name)
-        return None if tensor is None else INTEGERS.get(tensor.data_type)
+        return None if tensor is None else CODE_TYPES.get(tensor.data_type)
 
     def encoding(
         self,
         scale: str,
         zero_point: str | None,
-        kind: IntegerType,
+        kind: CodeType,
         *,
         axis: int | None,
         block_size: int = 0,
@@ -132,23 +134,8 @@ class Parameters:
             block_size=block_size or None,
             shape=shape,
             type=kind.name,
+            elements=kind.elements,
         )
-
-    def small_float(self, scale: str, data_type: int) -> Encoding | None:
-        """The grid of a small float; None where the type is none."""
-        found = float_bits(data_type)
-        if found is None:
-            return None
-        name, bits = found
-        scales = self.array(scale).astype(np.float64) if scale in self._stored else np.ones(())
-        if not bool(np.isfinite(scales).all()):
-            raise ArtefactError(f"{self.where(scale)}: a scale must be a finite number. Quantize the model again.")
-        if scales.size == 1:
-            scales = scales.reshape(())
-        return Encoding(
-            scales, np.zeros(scales.shape, np.int64), 0, 0, bits, True, None if scales.ndim == 0 else 0,
-            type=name, is_float=True, is_dynamic=scale not in self._stored,
-        )  # fmt: skip
 
     def data_type(self, name: str) -> int | None:
         """ONNX type of a stored tensor."""
@@ -160,8 +147,6 @@ class Parameters:
         shape = self.shape(codes)
         kind = self.data_type(codes)
         array = self.array(codes)
-        if encoding.is_float:
-            return Constant(name, shape, encoding)
         if array.dtype.kind not in "iu":
             what = type_name(kind) if kind is not None else str(array.dtype)
             raise ArtefactError(f"{self.where(codes)}: codes must be integers; got {what}. Export the model again.")
@@ -172,19 +157,31 @@ class Parameters:
         array = self.array(reals)
         if array.dtype.kind != "f" and array.dtype.kind not in "iu":
             array = array.astype(np.float32)
-        if encoding.is_dynamic or encoding.is_float or encoding.block_size is not None:
+        if encoding.is_dynamic:
             return Constant(reals, tuple(array.shape), encoding)
-        layout = [1] * array.ndim
-        if encoding.axis is not None and array.ndim:
-            layout[encoding.axis] = -1
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            scale = np.float32(encoding.scale).reshape(layout if encoding.axis is not None else ())
-            zero = encoding.zero_point.reshape(layout if encoding.axis is not None else ())
-            steps = np.rint(array.astype(np.float32) / scale)
+            scale = np.float32(_spread(encoding.scale, encoding, array.shape))
+            zero = _spread(encoding.zero_point, encoding, array.shape)
+            exact = array.astype(np.float32) / scale
+            if encoding.elements is not None:
+                patterns = encoding.elements.encode(encoding.elements.round_to(torch.from_numpy(exact)))
+                return Constant(reals, tuple(array.shape), encoding, codes=patterns.numpy())
+            steps = np.rint(exact)
             codes = np.clip(np.nan_to_num(steps.astype(np.float64)) + zero, encoding.quant_min, encoding.quant_max)
         return Constant(reals, tuple(array.shape), encoding, codes=codes.astype(np.int64))
 
 
-def _dynamic(kind: IntegerType) -> Encoding:
-    plain = encoding_of("", 1.0, 0, bits=kind.bits, signed=kind.signed, type=kind.name)
+def _spread(values: NDArray[Any], e: Encoding, shape: Sequence[int]) -> NDArray[Any]:
+    """Scales or zero points so that they broadcast against the tensor."""
+    if e.axis is None:
+        return values
+    if e.block_size is not None:
+        return np.repeat(values, e.block_size, axis=e.axis)[tuple(slice(size) for size in shape)]
+    layout = [1] * len(shape)
+    layout[e.axis] = -1
+    return values.reshape(layout)
+
+
+def _dynamic(kind: CodeType) -> Encoding:
+    plain = encoding_of("", 1.0, 0, bits=kind.bits, signed=kind.signed, type=kind.name, elements=kind.elements)
     return replace(plain, is_dynamic=True)

@@ -11,42 +11,45 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 from qhw.errors import ArtefactError
+from qhw.numerics import FloatElements
 
-__all__ = ["INTEGERS", "IntegerType", "array_of", "float_bits", "read_model_bytes", "type_name"]
+__all__ = ["CODE_TYPES", "CodeType", "array_of", "read_model_bytes", "type_name"]
 
 MAX_BYTES = 2**31
 _MAX_ELEMENTS = 2**33
 
 
 @dataclass(frozen=True)
-class IntegerType:
-    """An integer type that codes are stored in."""
+class CodeType:
+    """A type that codes are stored in; `elements`: what codes of a small float stand for."""
 
     name: str
     bits: int
     signed: bool
+    elements: FloatElements | None = None
 
 
-INTEGERS: dict[int, IntegerType] = {
-    getattr(TensorProto, name.upper()): IntegerType(name, bits, name.startswith("int"))
-    for name, bits in (
-        ("int2", 2), ("uint2", 2), ("int4", 4), ("uint4", 4), ("int8", 8), ("uint8", 8),
-        ("int16", 16), ("uint16", 16), ("int32", 32), ("uint32", 32), ("int64", 64), ("uint64", 64),
+_INTEGERS = (
+    ("int2", 2), ("uint2", 2), ("int4", 4), ("uint4", 4), ("int8", 8), ("uint8", 8),
+    ("int16", 16), ("uint16", 16), ("int32", 32), ("uint32", 32), ("int64", 64), ("uint64", 64),
+)  # fmt: skip
+_FLOATS = {
+    "float8e4m3fn": FloatElements(4, 3, 448.0),
+    "float8e4m3fnuz": FloatElements(4, 3, 240.0, exponent_bias=8),
+    "float8e5m2": FloatElements(5, 2, 57344.0),
+    "float8e5m2fnuz": FloatElements(5, 2, 57344.0, exponent_bias=16),
+    "float6e2m3": FloatElements(2, 3, 7.5),
+    "float6e3m2": FloatElements(3, 2, 28.0),
+    "float4e2m1": FloatElements(2, 1, 6.0),
+}
+CODE_TYPES: dict[int, CodeType] = {
+    getattr(TensorProto, kind.name.upper()): kind
+    for kind in (
+        *(CodeType(name, bits, name.startswith("int")) for name, bits in _INTEGERS),
+        *(CodeType(name, elements.bits, True, elements) for name, elements in _FLOATS.items()),
     )
-    if hasattr(TensorProto, name.upper())
-}  # fmt: skip
-_SMALL_FLOATS: dict[int, tuple[str, int]] = {
-    getattr(TensorProto, name.upper()): (name, bits)
-    for name, bits in (
-        ("float8e4m3fn", 8), ("float8e4m3fnuz", 8), ("float8e5m2", 8), ("float8e5m2fnuz", 8), ("float4e2m1", 4),
-    )
-    if hasattr(TensorProto, name.upper())
-}  # fmt: skip
-
-
-def float_bits(data_type: int) -> tuple[str, int] | None:
-    """Name and width of a small float that codes are stored in; None for other types."""
-    return _SMALL_FLOATS.get(data_type)
+    if hasattr(TensorProto, kind.name.upper())  # the installed onnx may be older
+}
 
 
 def type_name(data_type: int) -> str:
@@ -74,7 +77,7 @@ def read_model_bytes(path: Path) -> bytes:
 
 
 def array_of(tensor: TensorProto, folder: Path, where: str) -> NDArray[Any]:
-    """A stored tensor.
+    """A stored tensor; of small floats the patterns, as uint8.
 
     Args:
         tensor: From the file.
@@ -95,14 +98,17 @@ def array_of(tensor: TensorProto, folder: Path, where: str) -> NDArray[Any]:
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120].rstrip(".")
         raise ArtefactError(f"{where}: cannot be read as a tensor: {reason}. Export the model again.") from error
-    if tensor.data_type in INTEGERS and INTEGERS[tensor.data_type].bits < 8:
+    kind = CODE_TYPES.get(tensor.data_type)
+    if kind is not None and kind.elements is not None:
+        return np.asarray(array).view(np.uint8) & ((1 << kind.bits) - 1)
+    if kind is not None and kind.bits < 8:
         array = array.astype(np.int8)
     return np.asarray(array)
 
 
 def _check_size(tensor: TensorProto, dims: list[int], where: str) -> None:
     """Whether as many bytes are there as the shape needs: numpy would make room for them first."""
-    if tensor.data_type not in INTEGERS and tensor.data_type not in _PLAIN and tensor.data_type not in _SMALL_FLOATS:
+    if tensor.data_type not in CODE_TYPES and tensor.data_type not in _PLAIN:
         raise ArtefactError(f"{where}: is of {type_name(tensor.data_type)}, which holds no weights or scales.")
     stored = max(
         len(tensor.raw_data),
@@ -111,15 +117,15 @@ def _check_size(tensor: TensorProto, dims: list[int], where: str) -> None:
             for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
         ),
     )
-    integer = INTEGERS.get(tensor.data_type)
-    elements_per_unit = 16 if integer is not None and integer.bits < 8 else 1
+    kind = CODE_TYPES.get(tensor.data_type)
+    elements_per_unit = 16 if kind is not None and kind.bits < 8 else 1
     if math.prod(dims) > stored * elements_per_unit:
         raise ArtefactError(f"{where}: shape {dims[:8]} needs more data than is stored. Export the model again.")
 
 
 _PLAIN = frozenset(
     getattr(TensorProto, name)
-    for name in ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16", "BOOL")
+    for name in ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16", "FLOAT8E8M0", "BOOL")
     if hasattr(TensorProto, name)
 )
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qhw.errors import ArtefactError
+from qhw.numerics import FloatElements
 
 __all__ = ["Artefact", "ArtefactOperator", "Constant", "Encoding", "Use", "encoding_of"]
 
@@ -21,7 +22,7 @@ Numbers = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """A grid, real = scale * (code - zero_point), as the artefact states it.
+    """A grid as the artefact states it: real = scale * (code - zero_point), or scale * element(code).
 
     Attributes:
         scale: float64 [], [channels], or one axis per axis of the tensor where blocks share a scale.
@@ -33,7 +34,7 @@ class Encoding:
         axis: The axis with a scale per index, or along which blocks lie; None: one scale for the tensor.
         block_size: Elements along `axis` that share a scale; None: one each.
         type: What the artefact calls the stored type, as `int8`.
-        is_float: A code is a small float, not an integer.
+        elements: The small floats that codes stand for, up to the largest that can occur; None: codes are integers.
         is_dynamic: Scale and zero point are computed at run time; `scale` and `zero_point` say nothing then.
     """
 
@@ -46,12 +47,17 @@ class Encoding:
     axis: int | None = None
     block_size: int | None = None
     type: str = ""
-    is_float: bool = False
+    elements: FloatElements | None = None
     is_dynamic: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether a code is a small float, not an integer."""
+        return self.elements is not None
 
     def same_grid(self, other: "Encoding") -> bool:
         """Whether a code means the same real on both, and both have the same codes."""
-        kinds = [(e.bits, e.signed, e.is_float, e.is_dynamic) for e in (self, other)]
+        kinds = [(e.bits, e.signed, e.is_dynamic, _layout(e.elements)) for e in (self, other)]
         return (
             kinds[0] == kinds[1]
             and np.array_equal(np.float32(self.scale), np.float32(other.scale))
@@ -94,6 +100,10 @@ class Encoding:
         return f"{self.type}, {scale}, {zero}"
 
 
+def _layout(elements: FloatElements | None) -> tuple[int, int, int] | None:
+    return None if elements is None else (elements.exponent_bits, elements.mantissa_bits, elements.bias)
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """A value that an operator reads or writes, and its grid there; None: a real number there.
@@ -117,7 +127,7 @@ class Constant:
         name: As the artefact has it.
         shape: Its shape; None where it is not known.
         encoding: Its grid; None where it is stored in real numbers.
-        codes: Stored integers; None where there are none or they are not in the artefact.
+        codes: Stored integers, or patterns of small floats; None where there are none or they are not in the artefact.
         reals: Stored reals, where there is no grid.
     """
 
@@ -199,8 +209,9 @@ def encoding_of(
     block_size: int | None = None,
     shape: Sequence[int] | None = None,
     type: str = "",
+    elements: FloatElements | None = None,
 ) -> Encoding:
-    """A checked grid of integers.
+    """A checked grid.
 
     Args:
         where: File and tensor, for messages.
@@ -212,6 +223,7 @@ def encoding_of(
         block_size: See `Encoding`.
         shape: Of the tensor, to check the number of scales; absent: not checked.
         type: The artefact's name of the stored type.
+        elements: See `Encoding`; zero points are 0 then.
 
     Raises:
         ArtefactError: a scale is no number, or the counts do not fit the tensor.
@@ -233,6 +245,10 @@ def encoding_of(
     zeros = np.broadcast_to(zeros.reshape(()), scales.shape) if zeros.size == 1 else zeros.reshape(scales.shape)
     if axis is not None and shape is not None:
         axis = _checked_axis(where, scales, axis, block_size, shape)
+    if elements is not None:
+        if bool(zeros.any()):
+            raise ArtefactError(f"{where}: the zero point of {type} must be 0. Quantize the model again.")
+        return Encoding(scales, zeros, 0, 0, bits, signed, axis, block_size, type, elements)
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     return Encoding(scales, zeros, low, high, bits, signed, axis, block_size, type)
 
@@ -241,7 +257,15 @@ def _checked_axis(where: str, scales: Numbers, axis: int, block_size: int | None
     if not -len(shape) <= axis < len(shape):
         raise ArtefactError(f"{where}: axis must lie within {len(shape)} axes; got {axis}. Correct the file.")
     axis %= len(shape)
-    if block_size is None and (scales.ndim != 1 or len(scales) != shape[axis]):
+    if block_size is not None:
+        blocks = tuple(-(-size // block_size) if at == axis else size for at, size in enumerate(shape))
+        if scales.shape != blocks:
+            raise ArtefactError(
+                f"{where}: needs scales of shape {list(blocks)}, one for each {block_size} along axis {axis}; got "
+                f"{list(scales.shape)}. Quantize the model again."
+            )
+        return axis
+    if scales.ndim != 1 or len(scales) != shape[axis]:
         raise ArtefactError(
             f"{where}: needs {shape[axis]} scales, one for each index of axis {axis}; got {list(scales.shape)}. "
             "Quantize the model again."

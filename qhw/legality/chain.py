@@ -77,8 +77,11 @@ def implied(chain: Chain, formats: list[Format]) -> Chain:
     return Chain(tuple(followers), chain.output)
 
 
-def _saturates(spec: Format, codes: tuple[int, int], e: Encoding) -> bool:
+def _saturates(spec: Format, codes: tuple[float, float], e: Encoding) -> bool:
     """Whether a format has no code beyond a clip's."""
+    if e.is_float:
+        most = spec.finite_max
+        return spec.kind == "float" and isinstance(most, float) and codes[0] <= -most and most <= codes[1]
     if spec.quant_min is None or spec.quant_max is None or spec.is_signed != e.signed:
         return False
     return codes[0] <= spec.quant_min and spec.quant_max <= codes[1]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clauses on number formats: stored type, codes, zero point, and along which axis scales lie."""
+"""Clauses on number formats: stored type, codes, zero point, and the scales of a tensor."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +10,12 @@ from numpy.typing import NDArray
 
 from qhw.legality.artefact import Constant, Encoding
 from qhw.legality.finding import OTHER_TYPE, Finding, unknown
+from qhw.legality.floats import float_findings, float_words
+from qhw.legality.granularity import sharing_findings
 from qhw.legality.scales import scale_findings
 from qhw.schema import Format, TargetSpec
 
 __all__ = ["Operand", "format_findings", "nearest_format", "takes_reals", "type_words"]
-
-_SMALL_FLOAT = re.compile(r"float\d+e(\d+)m(\d+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +87,8 @@ def takes_reals(target: TargetSpec, listed: object) -> bool:
 def type_words(spec: Format) -> str:
     """The stored type of a format, as `int8` or `uint16`."""
     bits = spec.element_bits
+    if spec.kind == "float":
+        return float_words(spec)
     if spec.kind != "integer":
         return f"{spec.kind} of {bits} bits" if bits is not None else str(spec.kind)
     if bits is None:
@@ -123,7 +124,9 @@ def _of_grid(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator
         yield unknown(f"{path}.kind")
         return
     if spec.kind == "float" or e.is_float:
-        yield from _of_float(path, spec, e)
+        yield from float_findings(path, spec, e, operand.codes, is_constant=operand.is_constant)
+        if spec.kind == "float" and e.is_float:
+            yield from _of_parameters(path, spec, operand, e)
         return
     if spec.kind != "integer":
         yield Finding(
@@ -138,29 +141,19 @@ def _of_grid(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator
         e = e.as_signed(spec.is_signed)
     yield from _of_type(path, spec, e)
     yield from _of_codes(path, spec, operand, e)
+    yield from _of_parameters(path, spec, operand, e)
+
+
+def _of_parameters(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator[Finding]:
+    """Scales and zero points, of integers and of small floats."""
     if e.is_dynamic:
         if not (spec.scale not in (None, "unknown") and getattr(spec.scale, "dynamic", None) is True):
             fix = "Quantize it statically, with calibration data."
             yield Finding(f"{path}.scale", "must be fixed when the model is compiled", e.words(), fix)
+        yield from sharing_findings(path, spec, e, operand.out_axis, operand.in_axis)
         return
     yield from _of_zero_point(path, spec, e)
-    yield from _of_sharing(path, spec, operand, e)
-    yield from scale_findings(f"{path}.scale", spec.scale, e.scale)
-
-
-def _of_float(path: str, spec: Format, e: Encoding) -> Iterator[Finding]:
-    if spec.kind != "float" or not e.is_float:
-        fix = f"Quantize it to {type_words(spec)}."
-        yield Finding(f"{path}.kind", f"must be {type_words(spec)}", e.type, fix, distance=OTHER_TYPE)
-        return
-    parts = _SMALL_FLOAT.match(e.type)
-    stated = spec.exponent_bits, spec.mantissa_bits
-    held = tuple(int(bits) for bits in parts.groups()) if parts else (None, None)
-    for field, want, got in zip(("exponent_bits", "mantissa_bits"), stated, held, strict=True):
-        if want == "unknown":
-            yield unknown(f"{path}.{field}")
-        elif isinstance(want, int) and got is not None and want != got:
-            yield Finding(f"{path}.{field}", f"must be {want}", e.type, "Use the other float.", distance=OTHER_TYPE)
+    yield from sharing_findings(path, spec, e, operand.out_axis, operand.in_axis)
     yield from scale_findings(f"{path}.scale", spec.scale, e.scale)
 
 
@@ -236,38 +229,3 @@ def _of_zero_point(path: str, spec: Format, e: Encoding) -> Iterator[Finding]:
             f"{zeros.size} zero points",
             "Give all channels one zero point.",
         )
-
-
-def _of_sharing(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator[Finding]:
-    """Granularity. One scale for a whole weight is the special case of equal scales, legal in each of them."""
-    rule, clause = spec.per, f"{path}.per"
-    if rule in (None, "unknown"):
-        if e.axis is not None:
-            yield unknown(clause, "the target does not say how scales are shared" if rule is None else "unknown")
-        return
-    if e.axis is None:
-        return
-    got = f"a scale for each index of axis {e.axis}" if e.block_size is None else f"blocks of {e.block_size}"
-    if rule == "tensor":
-        fix = "Quantize it with one scale per tensor."
-        yield Finding(clause, 'must be "tensor": one scale', f"{e.scale.size} scales, {got}", fix, distance=5)
-    elif rule == "out_channel":
-        if e.block_size is not None or (operand.out_axis is not None and e.axis != operand.out_axis):
-            where = "" if operand.out_axis is None else f", axis {operand.out_axis}"
-            fix = "Quantize it again with one scale per output channel."
-            yield Finding(clause, f'must be "out_channel"{where}', got, fix, distance=5)
-    elif rule == "group":
-        sizes = (spec.group_size,) if isinstance(spec.group_size, int) else spec.group_size
-        if e.block_size is None:
-            fix = "Quantize it again in groups of input channels."
-            yield Finding(clause, 'must be "group"', got, fix, distance=5)
-        elif isinstance(sizes, tuple) and e.block_size not in sizes:
-            must = f"must be {' or '.join(map(str, sizes))}"
-            yield Finding(
-                f"{path}.group_size", must, str(e.block_size), "Quantize it again in such groups.", distance=5
-            )
-        elif operand.in_axis is not None and e.axis != operand.in_axis:
-            must = f"must lie along the input channels, axis {operand.in_axis}"
-            yield Finding(clause, must, f"groups along axis {e.axis}", "Quantize it again along them.", distance=5)
-    else:
-        yield unknown(clause, f"scales per {rule} are not judged yet")

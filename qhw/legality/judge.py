@@ -277,4 +277,4 @@ def _is_of_quantizer(clip: ArtefactOperator) -> bool:
     if e is None or codes is None or clip.inputs[0].encoding is None:
         return codes is not None
     low, high = (-(1 << (e.bits - 1)), (1 << (e.bits - 1)) - 1) if e.signed else (0, (1 << e.bits) - 1)
-    return clip.kind == "Clip" and codes[0] <= low and high <= codes[1]
+    return clip.kind == "Clip" and not e.is_float and codes[0] <= low and high <= codes[1]

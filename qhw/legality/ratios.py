@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qhw.legality.artefact import Encoding
 from qhw.legality.site import Site
-from qhw.schema import WEIGHTED_KINDS, Accumulator, Approximation, Requantize
+from qhw.schema import WEIGHTED_KINDS, Approximation, Requantize
 
 __all__ = ["Ratio", "ratios"]
 
@@ -75,7 +75,7 @@ def _of_activations(
         yield Ratio(_float32(inputs[0]) * _float32(inputs[1]) / _float32(output), names[0], float(span))
     elif site.kind in ("Add", "Sub") and len(inputs) == 2:
         yield from _operands(site, kernel, rule, inputs, names, output)
-    elif site.kind in _AVERAGES and not _sums_reals(site, kernel):
+    elif site.kind in _AVERAGES and not site.sums_reals(kernel):
         if rule.kind != "float32" and inputs[0].same_grid(output) and site.kind != "ReduceSum":
             return
         facts = site.operator.attributes
@@ -108,11 +108,6 @@ def _operands(
         if float(_float32(e)) != largest:
             yield Ratio(_float32(e) / (2 * largest), name, span)
     yield Ratio(np.asarray(2.0 ** (1 - bits) * largest / _float32(output)), site.output.tensor, 2 * span)
-
-
-def _sums_reals(site: Site, kernel: str) -> bool:
-    found = site.target.accumulators.get(str(site.kernel(kernel).accumulator))
-    return isinstance(found, Accumulator) and found.kind == "float"
 
 
 def _float32(e: Encoding) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ def requantize_findings(site: Site, kernel: str) -> Iterator[Finding]:
     """What a kernel's requantization says about the scales of an operator."""
     name = site.kernel(kernel).requantize
     if name is None or name == "unknown":
-        if site.kind in _REQUANTIZED and site.output.encoding is not None:
+        if site.kind in _REQUANTIZED and site.output.encoding is not None and not site.sums_reals(kernel):
             why = "unknown" if name else "the target does not say how results are requantized"
             yield unknown(f"kernels.{kernel}.requantize", why)
         return

@@ -58,6 +58,11 @@ class Site:
         """A kernel of the target."""
         return self.target.kernels[name]
 
+    def sums_reals(self, name: str) -> bool:
+        """Whether a kernel sums floats, whose result needs a quantizer and no multiplier."""
+        found = self.target.accumulators.get(str(self.kernel(name).accumulator))
+        return found is not None and found.kind == "float"
+
     def operands(self, kernel: str) -> list[tuple[str, object, Operand]]:
         """Field, formats listed there, and tensor, of everything that a kernel has formats for."""
         row, two = self.kernel(kernel), self.kind in TWO_OPERANDS
@@ -84,6 +89,8 @@ class Site:
         """
         weight, axis = self.weight, self.operator.weight_axis
         if weight is None or weight.codes is None or weight.encoding is None or axis is None or weight.codes.size == 0:
+            return None
+        if weight.encoding.is_float:
             return None
         codes = weight.codes.astype(np.int64) - _spread(weight.encoding, weight.codes.shape)
         rows = np.moveaxis(codes, axis, 0)

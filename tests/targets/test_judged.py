@@ -3,7 +3,8 @@
 thing of it is broken, with the clause.
 
 Scales are powers of two, which every kind of scale but an enumerated one holds. They are chosen so that shifts, ratios
-and exponents, computed here, lie within the bounds of the file.
+and exponents, computed here, lie within the bounds of the file. Small floats are of the type that ONNX has for them, or
+OCP; a format of 16-bit floats is met by real numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,26 +15,45 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qhw.legality import Artefact, ArtefactOperator, CheckReport, Constant, Encoding, Use, judge
+from qhw.numerics import FloatElements
 from qhw.schema import Format, Kernel, LimitRange, Scale, TargetSpec, load_target_file
 
 ROOT = Path(__file__).parents[2] / "targets" / "qhw_targets"
 FILES = sorted(ROOT.glob("*/*.toml"))
 NAMES = [path.relative_to(ROOT).with_suffix("").as_posix() for path in FILES]
 CHANNELS = 64
+LARGEST = {(4, 3): 448.0, (5, 2): 57344.0, (3, 2): 28.0, (2, 3): 7.5, (2, 1): 6.0}
+"""Largest finite value of the stored type, by bits of exponent and mantissa (OCP; ONNX's float8e4m3fn, float8e5m2)."""
 
 
 def is_usable(spec: Format) -> bool:
     """Whether a tensor can be put on a format by the rules of this file."""
+    if spec.kind == "float":
+        return is_real(spec) or (bits_of(spec) in LARGEST and spec.per in ("tensor", "out_channel", "group"))
     return (
         spec.kind == "integer"
         and spec.code_set is None
         and spec.quant_min is not None
         and spec.element_bits is not None
         and spec.element_bits > 1
-        and spec.per in ("tensor", "out_channel", None)
+        and spec.per in ("tensor", "out_channel", "group", None)
     )
+
+
+def is_real(spec: Format) -> bool:
+    return spec.kind == "float" and spec.element_bits == 16
+
+
+def bits_of(spec: Format) -> tuple[Any, Any]:
+    return spec.exponent_bits, spec.mantissa_bits
+
+
+def group_of(spec: Format) -> int | None:
+    """The first group size that a format allows."""
+    return spec.group_size[0] if isinstance(spec.group_size, tuple) else spec.group_size  # type: ignore[return-value]
 
 
 def first(target: TargetSpec, listed: object) -> str | None:
@@ -42,7 +62,7 @@ def first(target: TargetSpec, listed: object) -> str | None:
 
 
 def chosen(target: TargetSpec) -> tuple[str, str] | None:
-    """An operator with weights and a kernel of it whose formats are all integers that the file determines."""
+    """An operator with weights and a kernel of it whose formats the file determines."""
     for kind in ("Gemm", "Conv"):
         spec = target.operators.get(kind)
         for name in spec.kernels if spec is not None and isinstance(spec.kernels, tuple) else ():
@@ -95,17 +115,40 @@ def suits(target: TargetSpec, row: Kernel, x: int, w: int, y: int) -> bool:
     return True
 
 
-def encoding(spec: Format, exponent: int, axis: int | None = None) -> Encoding:
-    """A grid of a format with scale 2^exponent, and the first legal zero point."""
+def encoding(spec: Format, exponent: int, inner: int | None = None) -> Encoding | None:
+    """A grid of a format with scale 2^exponent, and the first legal zero point; None for real numbers.
+
+    Args:
+        spec: The format.
+        exponent: Of all scales.
+        inner: Inputs of a weight [CHANNELS, inner, ...], which has as many scales as the format; None: an activation.
+    """
+    if is_real(spec):
+        return None
+    size = group_of(spec)
+    shape: tuple[int, ...] = () if inner is None or spec.per == "tensor" else (CHANNELS,)
+    if inner is not None and spec.per == "group":
+        assert size is not None
+        shape = (CHANNELS, inner // size)
+    axis = None if not shape else 1 if spec.per == "group" else 0
+    scale = np.full(shape, 2.0**exponent)
+    block = size if axis == 1 else None
+    if inner is None and spec.is_dynamic and spec.per == "group":
+        axis, block = 1, size
+    if spec.kind == "float":
+        exponent_bits, mantissa_bits = bits_of(spec)
+        elements = FloatElements(exponent_bits, mantissa_bits, LARGEST[exponent_bits, mantissa_bits])
+        name, zeros = f"float e{exponent_bits}m{mantissa_bits}", np.zeros(shape, np.int64)
+        if inner is None and not spec.is_dynamic:  # a clip in front of the quantizer
+            elements = replace(elements, finite_max=spec.finite_max)
+        return Encoding(scale, zeros, 0, 0, elements.bits, True, axis, block, name, elements, spec.is_dynamic)
     low, high, bits = spec.quant_min, spec.quant_max, spec.element_bits
     assert low is not None and high is not None and bits is not None
     rule = spec.zero_point
     zero = rule if isinstance(rule, int) else rule[0] if isinstance(rule, tuple) else max(0, low)
-    shape = (CHANNELS,) if axis is not None and spec.per == "out_channel" else ()
-    return Encoding(
-        np.full(shape, 2.0**exponent), np.full(shape, zero, np.int64), low, high, bits, bool(spec.is_signed),
-        axis if shape else None, type=f"{'int' if spec.is_signed else 'uint'}{bits}",
-    )  # fmt: skip
+    name = f"{'int' if spec.is_signed else 'uint'}{bits}"
+    zeros = np.full(shape, zero, np.int64)
+    return Encoding(scale, zeros, low, high, bits, bool(spec.is_signed), axis, block, name, is_dynamic=spec.is_dynamic)
 
 
 def size_within(limit: object, wanted: int) -> int:
@@ -124,10 +167,13 @@ def legal_operator(target: TargetSpec, kind: str, kernel: str) -> ArtefactOperat
     x, w, y = (target.formats[str(first(target, getattr(row, field)))] for field in ("input", "weight", "output"))
     choices = product(exponents_of(x), exponents_of(w), exponents_of(y))
     exponents = next(three for three in choices if suits(target, row, *three))
-    inner = 16 if kind == "Gemm" else size_within(spec.limits.get("in_channels"), 16)
+    group = group_of(w)
+    wanted = 16 if group is None else 4 * group
+    inner = wanted if kind == "Gemm" else size_within(spec.limits.get("in_channels"), wanted)
     shape = (CHANNELS, inner) if kind == "Gemm" else (CHANNELS, inner, 1, 1)
-    weight = encoding(w, exponents[1], 0)
-    one = min(int(weight.zero_point.flat[0]) + 1, weight.quant_max)
+    weight = encoding(w, exponents[1], inner)
+    assert weight is not None
+    one = 1 if weight.is_float else min(int(weight.zero_point.flat[0]) + 1, weight.quant_max)
     facts: dict[str, Any] = {"in_channels": inner, "out_channels": CHANNELS, "rank": len(shape), "inputs": 1}
     if kind == "Conv":
         kernel_size = size_within(spec.limits.get("kernel"), 1)
@@ -160,7 +206,10 @@ def same_type(target: TargetSpec, kind: str, field: str, e: Encoding) -> list[Fo
     lists = [getattr(target.kernels[name], field) for name in kernels or ()]
     names = {name for listed in lists if isinstance(listed, tuple) for name in listed}
     found = [target.formats[name] for name in names]
-    return [one for one in found if (one.element_bits, one.is_signed) == (e.bits, e.signed)]
+    if e.elements is not None:
+        wanted = e.elements.exponent_bits, e.elements.mantissa_bits
+        return [one for one in found if one.kind == "float" and bits_of(one) == wanted]
+    return [one for one in found if (one.element_bits, one.is_signed) == (e.bits, e.signed) and one.kind == "integer"]
 
 
 Break = tuple[str, ArtefactOperator, Callable[[str], bool]]
@@ -168,25 +217,70 @@ Break = tuple[str, ArtefactOperator, Callable[[str], bool]]
 
 def breaks(target: TargetSpec, operator: ArtefactOperator) -> Iterator[Break]:
     """One thing broken at a time: what, the operator, and which clauses may name it."""
-    x, weight = operator.inputs[0], operator.weight
-    assert x.encoding is not None and weight is not None and weight.encoding is not None and weight.codes is not None
-    strange = replace(x.encoding, bits=37, signed=True, quant_min=-(2**36), quant_max=2**36 - 1, type="int37")
+    (x,) = operator.inputs
+    strange = Encoding(np.asarray(0.5), np.zeros((), np.int64), -(2**36), 2**36 - 1, 37, True, type="int37")
     yield "a type of 37 bits", replace(operator, inputs=(replace(x, encoding=strange),)), _is_of_input
-    formats = same_type(target, operator.kind, "weight", weight.encoding)
-    highest = max(one.quant_max for one in formats if one.quant_max is not None)
-    codes = np.where(np.arange(weight.codes.size).reshape(weight.codes.shape) == 5, highest + 1, weight.codes)
-    yield "a code too high", replace(operator, weight=replace(weight, codes=codes)), _is_of_codes
-    formats = same_type(target, operator.kind, "input", x.encoding)
-    if all(isinstance(one.zero_point, int) for one in formats):
-        moved = replace(x.encoding, zero_point=x.encoding.zero_point + 3)
-        yield "a zero point", replace(operator, inputs=(replace(x, encoding=moved),)), _ends("zero_point")
-    scales = [one.scale for one in formats]
-    if all(isinstance(scale, Scale) and scale.kind == "power_of_two" for scale in scales):
-        odd = replace(x.encoding, scale=x.encoding.scale * 1.25)
-        yield "a scale that is no power of two", replace(operator, inputs=(replace(x, encoding=odd),)), _ends("kind")
+    yield from _of_weights(target, operator)
+    if x.encoding is not None and not x.encoding.is_dynamic:
+        yield from _of_input(target, operator, x, x.encoding)
     real = replace(operator, output=replace(operator.output, encoding=None))
     if target.boundary is not None and target.boundary.outputs == "quantized" and _gives_codes(target, operator.kind):
         yield "a result in real numbers", real, _ends("output")
+
+
+def _of_weights(target: TargetSpec, operator: ArtefactOperator) -> Iterator[Break]:
+    weight = operator.weight
+    assert weight is not None and weight.encoding is not None and weight.codes is not None
+    e = weight.encoding
+    formats = same_type(target, operator.kind, "weight", e)
+
+    def with_weight(**changes: Any) -> ArtefactOperator:
+        return replace(operator, weight=replace(weight, **changes))
+
+    if e.elements is not None:
+        # The pattern behind that of the largest finite value: a larger one, infinity or none; -0 where there is none.
+        finite = max(one.finite_max for one in formats if isinstance(one.finite_max, float))
+        highest = int(e.elements.encode(torch.tensor(finite)))
+    else:
+        highest = max(one.quant_max for one in formats if one.quant_max is not None)
+    if e.elements is None or highest + 1 < 2 ** (e.bits - 1):
+        codes = np.where(np.arange(weight.codes.size).reshape(weight.codes.shape) == 5, highest + 1, weight.codes)
+        yield "a code too high", with_weight(codes=codes), _is_of_codes
+    if e.elements is not None:
+        other = FloatElements(e.elements.exponent_bits + 1, e.elements.mantissa_bits, e.elements.finite_max)
+        wide = replace(e, elements=other, type="float of another layout", bits=other.bits)
+        yield "another float", with_weight(encoding=wide), _ends("weight")
+    sizes = {size for one in formats for size in _all(one.group_size)}
+    if e.block_size is not None and e.block_size * 4 not in sizes:
+        wider = replace(e, scale=e.scale[:, ::4], zero_point=e.zero_point[:, ::4], block_size=e.block_size * 4)
+        yield "groups of another size", with_weight(encoding=wider), _ends("group_size")
+    if all(one.per == "tensor" for one in formats):
+        many = replace(e, scale=np.full(CHANNELS, e.scale), zero_point=np.full(CHANNELS, e.zero_point), axis=0)
+        yield "a scale for each channel", with_weight(encoding=many), _ends("per")
+    kinds = {one.scale.kind for one in formats if isinstance(one.scale, Scale)}
+    if len(kinds) == 1 and kinds <= {"power_of_two", "e8m0", "float16"} and all(one.scale for one in formats):
+        word = "float16" if kinds == {"float16"} else "power of two"
+        yield f"a scale that is no {word}", with_weight(encoding=replace(e, scale=e.scale * (4 / 3))), _ends("kind")
+
+
+def _all(sizes: object) -> tuple[int, ...]:
+    return sizes if isinstance(sizes, tuple) else (sizes,) if isinstance(sizes, int) else ()
+
+
+def _of_input(target: TargetSpec, operator: ArtefactOperator, x: Use, e: Encoding) -> Iterator[Break]:
+    formats = same_type(target, operator.kind, "input", e)
+    if all(isinstance(one.zero_point, int) for one in formats):
+        moved = replace(e, zero_point=e.zero_point + 3)
+        yield "a zero point", replace(operator, inputs=(replace(x, encoding=moved),)), _ends("zero_point")
+    scales = [one.scale for one in formats]
+    if all(isinstance(scale, Scale) and scale.kind == "power_of_two" for scale in scales):
+        odd = replace(e, scale=e.scale * 1.25)
+        yield "a scale that is no power of two", replace(operator, inputs=(replace(x, encoding=odd),)), _ends("kind")
+    if e.elements is not None and all(one.finite_max == e.elements.finite_max for one in formats):
+        largest = LARGEST[e.elements.exponent_bits, e.elements.mantissa_bits]
+        if largest > e.elements.finite_max:
+            wide = replace(e, elements=replace(e.elements, finite_max=largest))
+            yield "no clip", replace(operator, inputs=(replace(x, encoding=wide),)), _ends("finite_max")
 
 
 def _gives_codes(target: TargetSpec, kind: str) -> bool:
@@ -207,7 +301,7 @@ def _is_of_input(clause: str) -> bool:
 
 def _is_of_codes(clause: str) -> bool:
     """The format's codes; a sum that overflows by the code that is too high may be named beside them."""
-    own = clause.startswith("formats.") and clause.endswith((".codes", ".bits"))
+    own = clause.startswith("formats.") and clause.endswith((".codes", ".bits", ".finite_max"))
     return own or clause.startswith("accumulators.") or clause.endswith("weight_abs_sum_max")
 
 
@@ -215,8 +309,7 @@ def _is_of_codes(clause: str) -> bool:
 def test_an_operator_of_its_own_kernel_is_legal_and_each_broken_thing_is_named(file: Path) -> None:
     target = load_target_file(file, find_base=lambda name: ROOT / f"{name}.toml")
     picked = chosen(target)
-    if picked is None:
-        pytest.skip("no kernel of Gemm or Conv has integer formats that the file determines")
+    assert picked is not None, "no kernel of Gemm or Conv has formats that the file determines"
     operator = legal_operator(target, *picked)
     judged = report(target, operator)
     assert [one.message for one in judged.violations] == []
@@ -228,41 +321,3 @@ def test_an_operator_of_its_own_kernel_is_legal_and_each_broken_thing_is_named(f
         assert all(is_right(clause) for clause in clauses), (what, clauses)
         tried += 1
     assert tried >= 2
-
-
-def test_most_targets_have_such_an_operator() -> None:
-    """A target whose weights are floats, palettes or groups alone has none; it is judged in tests of its own."""
-    targets = [load_target_file(file, find_base=lambda name: ROOT / f"{name}.toml") for file in FILES]
-    without = [target.name for target in targets if chosen(target) is None]
-    assert len(without) <= len(targets) // 5, without
-
-
-def small_float(spec: Format) -> Encoding | None:
-    """A grid of a small float format with one scale of 2^-6; None for any other format."""
-    if spec.kind != "float" or spec.element_bits != 8 or spec.per != "tensor":
-        return None
-    name = f"float8e{spec.exponent_bits}m{spec.mantissa_bits}fn"
-    scale, zero = np.asarray(2.0**-6), np.zeros((), np.int64)
-    return Encoding(scale, zero, 0, 0, 8, True, type=name, is_float=True)
-
-
-@pytest.mark.parametrize("name", ["intel/gaudi3", "nvidia/tensorrt-fp8"])
-def test_a_kernel_of_small_floats_takes_these_and_no_integers(name: str) -> None:
-    """e4m3 in and e4m3 weights, real numbers out; int8 in their place, or the other float, is illegal."""
-    target = load_target_file(ROOT / f"{name}.toml", find_base=lambda base: ROOT / f"{base}.toml")
-    row = target.kernels["mac"]
-    assert isinstance(row.input, tuple) and isinstance(row.weight, tuple)
-    grids = [e for names in (row.input, row.weight) for f in names if (e := small_float(target.formats[f])) is not None]
-    x, w = grids[0], grids[-1]
-    facts = {"in_channels": 16, "out_channels": CHANNELS, "reduced_elements": 16, "rank": 2, "inputs": 1}
-    weight = Constant("w", (CHANNELS, 16), w)
-    layer = ArtefactOperator(
-        "layer", "Gemm", "Gemm", (Use("x", x),), Use("y"), weight, weight_axis=0, input_axis=1, attributes=facts
-    )
-    assert [one.message for one in report(target, layer).violations] == []
-    integer = Encoding(x.scale, x.zero_point, -128, 127, 8, True, type="int8")
-    broken = report(target, replace(layer, inputs=(Use("x", integer),)))
-    assert {one.clause for one in broken.violations} == {"kernels.mac.input"}
-    other = replace(w, type="float8e5m2")
-    broken = report(target, replace(layer, weight=replace(weight, encoding=other)))
-    assert {one.clause for one in broken.violations} == {"kernels.mac.weight"}

@@ -70,7 +70,7 @@ def changed(changes: Mapping[str, Any]) -> TargetSpec:
         if value is None:
             here.pop(last, None)
         else:
-            here[last] = value
+            here[last] = copy.deepcopy(value)
     return parse_target(json.dumps(data), name_of_file="strict.json")
 
 
