@@ -127,6 +127,14 @@ def _number(entry: Mapping[str, Any], key: str, where: str, default: Any = None)
     return value
 
 
+def _width(entry: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
+    """A width in bits, before anything is shifted by it."""
+    bits = int(_number(entry, key, where, default))
+    if not 1 <= bits <= 64:
+        raise ArtefactError(f"{where}: {key} must be from 1 to 64; got {bits}. Export the encodings again.")
+    return bits
+
+
 def _numbers(entry: Mapping[str, Any], key: str, where: str) -> list[float]:
     value = entry.get(key)
     listed: list[Any] = value if isinstance(value, list) else [value]
@@ -174,10 +182,10 @@ def _of_version_1(entry: Any, where: str, is_parameter: bool) -> Encoding | None
     kind = entry.get("enc_type", "PER_TENSOR")
     if entry.get("dtype", "INT") != "INT" or "scale" not in entry:
         return None
-    scales, bits = _numbers(entry, "scale", where), int(_number(entry, "bw", where))
+    scales, bits = _numbers(entry, "scale", where), _width(entry, "bw", where)
     zeros = [-round(offset) for offset in _numbers(entry, "offset", where)] if "offset" in entry else [1 << (bits - 1)]
     if kind in ("PER_BLOCK", "LPBQ"):
-        held = int(_number(entry, "compressed_bw", where, bits))
+        held = _width(entry, "compressed_bw", where, bits)
         size = int(_number(entry, "block_size", where))
         return _in_blocks(_made(where, [max(scales)], [1 << (held - 1)], held, None), size)
     axis = 0 if is_parameter and len(scales) > 1 else None

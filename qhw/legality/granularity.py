@@ -83,6 +83,8 @@ def _of_blocks(
 
 def _repeats(scale: NDArray[Any], axis: int, count: int) -> bool:
     """Whether each block of `count` indices of an axis, the last one shorter, has one scale."""
+    if scale.ndim <= axis:  # one for all, as where a file states only the largest
+        return True
     lines = np.moveaxis(scale, axis, 0)
     first = np.repeat(lines[::count], count, axis=0)[: len(lines)]
     return bool((lines == first).all())

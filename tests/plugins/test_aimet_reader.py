@@ -163,6 +163,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an entry that is no object": ({"version": "2.0.0", "encodings": {"x": 3}}, "x: must be an object; got int"),
     "another of version 1": ({"version": "1.0.0", "activation_encodings": {"x": 3}}, "x: must be an object; got int"),
     "a list of none": ({"activation_encodings": {"x": []}}, "x: must be a list of encodings"),
+    "no bits of version 1": (
+        {"version": "1.0.0", "activation_encodings": [{"name": "x", "bw": 0, "scale": [1.0]}]},
+        "bw must be from 1 to 64; got 0",
+    ),
     "two widths": (
         {"activation_encodings": {"x": [entry_0(1.0, 0), entry_0(1.0, 0, bits=4)]}},
         "bitwidth must be one for all channels; got [4, 8]",
