@@ -191,7 +191,10 @@ class _Reader:
         return max(1, int(facts.get("reduced_elements") or math.prod(facts.get("kernel", (1,)))))
 
     def _operands(self, a: str, b: str, output: str, legal: LegalRatios) -> Iterator[Relation]:
-        """Add and Sub: each operand's own ratio; by fixed point to twice the larger scale first, and from there."""
+        """Add and Sub: each operand's own ratio; by fixed point to twice the larger scale first, and from there.
+
+        Fixed point on one scale, without a pre-shift, has one ratio.
+        """
         if self._rule_kind != "fixed_point":
             for group in (a, b):
                 yield self._ratio(((group, 1), (output, -1)), legal, self._span(group))
@@ -199,6 +202,8 @@ class _Reader:
         table = self._spec.preshift_bits
         formats = self._kernel.input if isinstance(self._kernel.input, tuple) else ()
         bits = next((n for f, n in table.items() if f in formats), None) if isinstance(table, dict) else None
+        if table is None and self._spec.same_scale in ("inputs", "all"):
+            yield self._ratio(((a, 1), (output, -1)), legal, 2 * self._span(a))
         if not isinstance(bits, int):
             return
         larger, smaller = sorted((a, b), key=lambda group: -float(self._work.qparams[group].scale))

@@ -10,7 +10,6 @@ from torch import Tensor
 from qhw.engine.work import Work
 from qhw.errors import PlanError, RangeError
 from qhw.graph import QuantPoint
-from qhw.graph.rows import meets_sum
 from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, legal_scale
 from qhw.numerics.grid import SMALLEST_SCALE
 from qhw.schema import Bias, Shift
@@ -78,7 +77,7 @@ def _grows(rule: Bias) -> bool:
 
 def _left_shifts(rule: Bias) -> tuple[int, int | None]:
     """Fewest and most bits by which a bias of its own scale is shifted left; None: as many as it takes."""
-    if not meets_sum(rule) or not isinstance(rule.shift, Shift):
+    if not rule.meets_sum or not isinstance(rule.shift, Shift):
         return 0, None
     least, most = rule.shift.max, rule.shift.min
     return -least if isinstance(least, int) else 0, -most if isinstance(most, int) else None
@@ -194,7 +193,7 @@ def _qparams(work: Work, point: QuantPoint, rule: Bias) -> QParams:
 def _own_scale(work: Work, point: QuantPoint, rule: Bias, finest: Tensor) -> Tensor:
     """The finest scale that covers a bias: any; or, where it is shifted left to meet the sum, 2^k times the sum's."""
     smallest = finest if rule.per == "out_channel" else finest.amax()
-    if not meets_sum(rule):
+    if not rule.meets_sum:
         return smallest.clamp(min=SMALLEST_SCALE).float()
     unit = work.qparams[work.input_group(point.operator)].scale * _weight_scale(work, point, len(finest))
     unit = unit.expand(len(finest)) if rule.per == "out_channel" else unit.amax()

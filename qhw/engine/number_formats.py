@@ -7,7 +7,6 @@ from qhw.engine.blame import blaming, must_be
 from qhw.errors import PlanError
 from qhw.extension import Registry, default_registry
 from qhw.graph import QuantPoint, input_point
-from qhw.graph.rows import meets_sum
 from qhw.numerics import ElementSet, ListedElements
 from qhw.schema import INTEGER, Format, TargetSpec, closest
 
@@ -73,7 +72,7 @@ def check_static_biases(target: TargetSpec, points: Iterable[QuantPoint]) -> Non
     """
     known = list(points)
     for point in known:
-        if point.role == "bias" and meets_sum(target.biases[point.format]):
+        if point.role == "bias" and target.biases[point.format].meets_sum:
             source = input_point(known, point.operator)
             if source is not None and source.is_dynamic:
                 raise PlanError(

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from qhw.graph.cell import TWO_OPERANDS, reads_input_row
 from qhw.graph.operator import Operator
-from qhw.schema import Bias, Format, Kernel, TargetSpec
+from qhw.schema import Format, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["activations_of", "format_reason", "group_size", "held_formats", "meets_sum", "missing_field", "preferred"]
+__all__ = ["activations_of", "format_reason", "group_size", "held_formats", "missing_field", "preferred"]
 
 
 def preferred(rows: Mapping[str, Kernel] | Mapping[str, Format], names: Sequence[str]) -> list[str]:
@@ -148,11 +148,6 @@ def _group_reason(target: TargetSpec, form: Format, operator: Operator, row: Ker
         return f"group_size: {said} not divide {_grouped_inputs(operator)} inputs"
     rule = target.biases.get(str(row.bias))
     is_integer = rule is not None and isinstance(rule.bits, int) and (has_bias or rule.required is True)
-    if is_integer and rule is not None and meets_sum(rule):
+    if is_integer and rule is not None and rule.meets_sum:
         return f'per: "group"; sums have no one scale, and its bias is in units of it (biases.{row.bias})'
     return None
-
-
-def meets_sum(rule: Bias) -> bool:
-    """Whether the scale of a bias follows from that of the sum: it is the same, or a shift brings one to the other."""
-    return rule.scale != "own" or (rule.align == "shift" and rule.applied != "after_multiplier")

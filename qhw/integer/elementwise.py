@@ -29,6 +29,7 @@ def lower_add(site: Site) -> Lowered:
     float32, after:  round((A - za) sa/sy + (B - zb) sb/sy) + zy
     fixed point with a pre-shift of n bits (as LiteRT):  with t = 2 max(sa, sb),
         rescale(rescale((A - za) 2^n, sa/t) + rescale((B - zb) 2^n, sb/t), t / (2^n sy)) + zy
+    fixed point on one scale that `same_scale` demands, no pre-shift stated:  rescale((A - za) + (B - zb), s/sy) + zy
 
     Raises:
         IntegerError: the target leaves open what decides.
@@ -48,7 +49,8 @@ def lower_add(site: Site) -> Lowered:
             f'{path}.kind = "{rule.kind}" cannot be executed for {site.operator.kind}; kinds that can: '
             f"{', '.join(_SUMS)}"
         )
-    add, facts = (_fixed_point_add if rule.kind == "fixed_point" else shift_add)(site, a, b, out, sign)
+    rescales_operands = rule.kind == "fixed_point" and not _is_on_one_scale(site, a, b)
+    add, facts = (_fixed_point_add if rescales_operands else shift_add)(site, a, b, out, sign)
     return Lowered(operands.bound(by_table(lambda values: clamped(add(values), limits, kept), a, b)), facts=facts)
 
 
@@ -74,6 +76,12 @@ def _float32_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) ->
         return clamped(round_real(total, rounding) + zy, limits, kept)
 
     return after, {**facts, "rule": "add_float32", "zero_point": int(out.zero_point)}
+
+
+def _is_on_one_scale(site: Site, a: QParams, b: QParams) -> bool:
+    """Whether operands are added as they are, because the target demands one scale and states no pre-shift."""
+    demanded = site.spec.same_scale in ("inputs", "all") and site.spec.preshift_bits is None
+    return demanded and torch.equal(a.scale, b.scale)
 
 
 def _fixed_point_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:

@@ -22,7 +22,7 @@ _EXACT = Requantization("shift", "floor", shift=torch.zeros((), dtype=torch.int6
 
 
 def shift_add(site: Site, a: QParams, b: QParams, out: QParams, sign: int) -> tuple[Run, dict[str, Fact]]:
-    """Add or Sub of kind shift, with u one of both scales, as the target aligns them.
+    """Add or Sub of kind shift, or of fixed point on one scale; u is one of both scales, as the target aligns them.
 
         round(register((A - za) sa/u + sign (B - zb) sb/u) u/sy) + zy
 

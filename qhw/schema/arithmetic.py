@@ -65,6 +65,11 @@ class Bias(Table):
         "even, which differs in ties alone."
     )
 
+    @property
+    def meets_sum(self) -> bool:
+        """Whether its scale follows from that of the sum: it is the same, or a shift brings one to the other."""
+        return self.scale != "own" or (self.align == "shift" and self.applied != "after_multiplier")
+
     def rules(self) -> Iterator[Problem]:
         """A bias is shifted left, and only one of a scale of its own."""
         if self.shift is not None and (self.scale != "own" or self.align != "shift"):

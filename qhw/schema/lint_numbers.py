@@ -14,7 +14,7 @@ from qhw.schema.operators import LimitRange, Operator
 from qhw.schema.remarks import Remark
 from qhw.schema.scales import Scale
 from qhw.schema.spec import TargetSpec
-from qhw.schema.words import value_words
+from qhw.schema.words import joined, value_words
 
 __all__ = ["contradictions"]
 
@@ -33,6 +33,7 @@ def contradictions(spec: TargetSpec) -> Iterator[Remark]:
     for name, kernel in spec.kernels.items():
         yield from _of_widths(spec, name, kernel)
         yield from _of_exponents(spec, name, kernel)
+        yield from _of_groups(spec, name, kernel)
     yield from _of_requantize(spec)
     for kind, operator in spec.operators.items():
         yield from _of_limits(kind, operator)
@@ -130,6 +131,30 @@ def _of_widths(spec: TargetSpec, name: str, kernel: Kernel) -> Iterator[Remark]:
             f"{kernel.requantize} shifts right by {least} or more, and sums have {width} bits: nothing is left of them."
         )
         yield "error", (*path, "requantize"), text
+
+
+def _of_groups(spec: TargetSpec, name: str, kernel: Kernel) -> Iterator[Remark]:
+    """Integer weights with a scale per group of inputs: their sums have no one scale."""
+    names = kernel.weight if isinstance(kernel.weight, tuple) else ()
+    grouped = [one for one in names if spec.formats[one].per == "group" and _reach(spec.formats[one]) is not None]
+    if not grouped:
+        return
+    path: Path = ("kernels", name)
+    bias = spec.biases.get(str(kernel.bias))
+    is_bound = bias is not None and isinstance(bias.bits, int) and bias.meets_sum
+    if is_bound and len(grouped) == len(names):  # another format serves what has a bias
+        text = (
+            f"{kernel.bias} is in units of the sum, and with {joined(grouped)} a sum has a scale per group: nothing "
+            'that has a bias is planned there. Give the bias a scale of its own (scale = "own"), or bits = "float".'
+        )
+        yield "warning", (*path, "bias"), text
+    inputs = kernel.input if isinstance(kernel.input, tuple) else ()
+    if any(_reach(spec.formats[one]) is not None for one in inputs):
+        text = (
+            f"with {joined(grouped)} a sum has a scale per group, and no field says how these become one: qhw verify "
+            "and qhw golden cannot answer there."
+        )
+        yield "info", (*path, "weight"), text
 
 
 def _of_requantize(spec: TargetSpec) -> Iterator[Remark]:

@@ -162,8 +162,9 @@ def _of_requantize(
         yield from _open((*path, "multiplier_bits"), entry.multiplier_bits, where=where)
     if entry.kind in ("fixed_point", "shift"):
         yield from _of_shift((*path, "shift"), entry.shift)
-    if kind in ADDITIONS and entry.kind == "shift":
+    if kind in ADDITIONS and (entry.kind == "shift" or (entry.kind == "fixed_point" and _adds_as_they_are(operator))):
         yield from _of_register(spec, kernel, name)
+    if kind in ADDITIONS and entry.kind == "shift":
         yield from _of_align((*path, "align"), operator, entry.align)
     yield from _of_operator(kernel, kind, operator, entry)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qhw.errors import IntegerError
 from qhw.integer import IntegerModel
+from qhw.schema import parse_target
 from tests import integer_support as reference
 from tests.integer_support import DOUBLE, FLOAT32, RULES, SINGLE, Grid, Rule, quantized, result_of
 
@@ -141,6 +142,18 @@ def test_a_fixed_point_sum_is_the_one_of_litert(kind: str, name: str) -> None:
     a_q, b_q = (v[:, ::17] for v in all_pairs())
     expected = litert_sum(*GRIDS[name], a_q, b_q, -1 if kind == "sub" else 1)
     np.testing.assert_array_equal(run(ADD[kind], reference.target(DOUBLE), GRIDS[name], a_q, b_q), expected)
+
+
+@pytest.mark.parametrize("rule", SINGLE)
+@pytest.mark.parametrize("kind", ADD)
+def test_a_fixed_point_sum_on_one_scale_needs_no_pre_shift_and_rounds_once(kind: str, rule: str) -> None:
+    text = reference.text(reference.fixed_point(rule, bits=15))
+    spec = parse_target(text.replace("preshift_bits = { a = 20 }", 'same_scale = "inputs"'))
+    operand, out, (a_q, b_q) = Grid(0.375, -9), Grid(1.0, 4), all_pairs()
+    found = run(ADD[kind], spec, (operand, operand, out), a_q, b_q)
+    total = (a_q + 9) + (-1 if kind == "sub" else 1) * (b_q + 9)
+    eighths = {int(t): int(reference.rounded(Fraction(3 * int(t), 8), rule)) + 4 for t in np.unique(total)}
+    np.testing.assert_array_equal(found, out.clamped(np.vectorize(eighths.get)(total)))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.kind}-{r.rounding}-{r.bits}-{r.order}")

@@ -208,6 +208,18 @@ CASES: dict[str, tuple[str, str, str]] = {
         "info: kernels.mac.bias: b has 40 bits, and the accumulator it is added to 32; what is stored wider than it is "
         "added are storage_bits.",
     ),
+    "bias of a sum on several scales": (
+        'zero_point = 0, per = "out_channel", scale',
+        'zero_point = 0, per = "group", group_size = 32, scale',
+        "warning: kernels.mac.bias: b is in units of the sum, and with w8 a sum has a scale per group: nothing that "
+        'has a bias is planned there. Give the bias a scale of its own (scale = "own"), or bits = "float".',
+    ),
+    "sum on several scales": (
+        'zero_point = 0, per = "out_channel", scale',
+        'zero_point = 0, per = "group", group_size = 32, scale',
+        "info: kernels.mac.weight: with w8 a sum has a scale per group, and no field says how these become one: "
+        "qhw verify and qhw golden cannot answer there.",
+    ),
     "bias narrower than a product": (
         "biases.b = { bits = 32",
         "biases.b = { bits = 8",

@@ -185,7 +185,9 @@ def test_what_does_not_decide_is_not_named() -> None:
     )
     assert said(own) == {}
     for rule in ("inputs", "all"):  # on one scale nothing is shifted first, and a sum is rescaled once
-        assert said(WHOLE.replace("preshift_bits = { a8 = 20 }", f'same_scale = "{rule}"')) == {}
+        without = WHOLE.replace("preshift_bits = { a8 = 20 }", f'same_scale = "{rule}"')
+        assert said(without) == {"kernels.map.accumulator": f"absent: {EXACT}Add"}
+        assert said(without.replace("kernels.map = {", 'kernels.map = { accumulator = "acc",')) == {}
     only_recorded = WHOLE.replace("requantize.r = { ", 'requantize.r = { shift_per = "unknown", ')
     assert said(only_recorded) == {}
 
