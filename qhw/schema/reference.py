@@ -63,8 +63,8 @@ Written from the models by `python -m qhw.schema.reference > docs/target-referen
   `bias = "none"`, `zero_point = "free"`. A tag that means another document in the child becomes `TAG@vendor/chip` in
   what was inherited.
 - Every table takes `source`: a tag, a list of tags, or a table from `"*"` or a field to tags. It covers the tables
-  inside, unless they have their own; but for the one at the top of the file, which covers `fallback` alone: each format,
-  kernel, operator, ... names its own.
+  inside, unless they have their own. The one at the top of the file covers `fallback` alone: each format, kernel,
+  operator and so on names its own.
 """
 
 
