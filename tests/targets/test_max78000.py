@@ -2,7 +2,8 @@
 """analog/max78000 obeyed from plan to integers, against the vendor's simulator written down in numpy.
 
 ai8x-synthesis computes floor(0.5 + (sum + 128 bias) / (128 / 2^s)), clipped, for the layer's shift s from -15 to 15.
-Each clause of the file that decides something is taken out once, and what it decided changes.
+Each clause of the file that decides something is taken out once, and what it decided changes. That codes may stand for
+code * 2^k, and not for code / 128 alone, is shown by a network that a user brings into [-1, 1) by hand: the same codes.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import qhw
-from qhw.errors import RangeError
 from qhw.integer import IntegerModel
 from qhw.schema import TargetSpec, parse_target
 from tests.integer_support import convolution
@@ -23,6 +23,10 @@ from tests.integer_support import convolution
 Changed = Callable[..., TargetSpec]
 SHIFTS = ("shift = { min = -8, max = 22 }", "shift = { min = -128, max = 128 }")
 SHIFT_SOURCE = (', shift = "derived: 7 - s, with s from -15 to 15"', ', shift = "memory"')
+Q7 = (
+    'scale = { kind = "power_of_two" }\nsource = { "*" = "AI8X", scale = ["AI8X-SIM"',
+    'scale = { kind = "fixed", values = [0.0078125] }\nsource = { "*" = "AI8X", scale = ["AI8X-SIM"',
+)
 
 
 class Network(nn.Module):
@@ -86,6 +90,12 @@ def exponent(scale: Any) -> int:
     return int(found)
 
 
+def exponents(result: Any) -> dict[str, int]:
+    """Point -> exponent of its scale."""
+    grids = result.encodings()
+    return {point.name: exponent(grids[point.group].scale) for point in result.plan.points}
+
+
 def layer(codes: Any, weight: Any, bias: Any, shift: int, padding: int, low: int) -> Any:
     """What the simulator gives for one convolution."""
     sums = convolution(codes, weight, [1, 1], [(padding, padding)] * 2, [1, 1], 1) + 128 * bias.reshape(-1, 1, 1)
@@ -99,7 +109,7 @@ def test_a_network_in_codes(changed: Changed, weights: str) -> None:
     result = quantized(Network(), changed(), x, formats={"*.weight": weights})
     assert {op.where for op in result.plan.operators} == {"accelerator"}
     found = {name: values.numpy().astype(np.int64) for name, values in IntegerModel(result).codes(x).items()}
-    grids = result.encodings()
+    scales = exponents(result)
     stored = {
         point.name: result.codes(point).numpy().astype(np.int64)
         for point in result.plan.points
@@ -108,18 +118,14 @@ def test_a_network_in_codes(changed: Changed, weights: str) -> None:
     low = {"w8": -128, "w4": -8, "w2": -2}[weights]
     assert all(low <= stored[f"{name}.weight"].min() for name in ("first", "second", "fc"))
 
-    def shift(name: str) -> int:
-        s = exponent(grids[f"{name}.weight"].scale) + 7
-        assert -15 <= s <= 15
-        return s
-
     def run(name: str, source: str, padding: int, low: int = -128) -> Any:
         weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
         codes = found[source].reshape(len(x), -1, 1, 1) if name == "fc" else found[source]
-        return layer(
-            codes, weight.reshape(*weight.shape[:2], *weight.shape[2:] or (1, 1)), bias, shift(name), padding, low
-        )
+        shift = 7 + scales["first" if source == "relu" else source] + scales[f"{name}.weight"] - scales[name]
+        assert -15 <= shift <= 15
+        return layer(codes, weight.reshape(*weight.shape[:2], *weight.shape[2:] or (1, 1)), bias, shift, padding, low)
 
+    assert scales["first"] == scales["second"] == scales["add"] == scales["averagepool"]  # no shift in between
     np.testing.assert_array_equal(found["relu"], run("first", "x", 1, low=0))
     np.testing.assert_array_equal(found["second"], run("second", "relu", 0))
     pools = {name: found[name].reshape(4, 8, 4, 2, 4, 2).max((3, 5)) for name in ("second", "relu")}
@@ -129,29 +135,71 @@ def test_a_network_in_codes(changed: Changed, weights: str) -> None:
     np.testing.assert_array_equal(found["fc"].reshape(4, 5, 1, 1), run("fc", "averagepool", 0))
 
 
-def test_data_are_codes_over_128_whatever_they_hold(changed: Changed) -> None:
-    free = ('scale = { kind = "fixed", values = [0.0078125] }', 'scale = { kind = "power_of_two" }')
-    for size, wanted in ((0.01, -13), (1.0, -7), (4.0, -5)):
-        x = size * image(4)
-        for target, expected in ((changed(), -7), (changed(free), wanted)):
-            result = quantized(Layer(0.3), target, x)
-            assert exponent(result.encodings()["x"].scale) == expected
+def test_a_network_brought_into_q7_by_hand_has_the_same_codes(changed: Changed) -> None:
+    """W' = W so / si and b' = b so, by powers of two: what users do whose data clip at 127 / 128."""
+    x = 5 * image(3)
+    torch.manual_seed(0)
+    network = Network()
+    found = quantized(network, changed(), x)
+    factors = {name: 2.0 ** (-7 - scale) for name, scale in exponents(found).items()}
+    assert factors["x"] == 1 / 8 and 1 not in (factors["first"], factors["fc"])
+    with torch.no_grad():
+        for name, source in (("first", "x"), ("second", "first"), ("fc", "add")):
+            getattr(network, name).weight.mul_(factors[name] / factors[source])
+            getattr(network, name).bias.mul_(factors[name])
+    by_hand = quantized(network, changed(Q7), factors["x"] * x)
+    scales = exponents(by_hand)
+    assert {scales[point.name] for point in by_hand.plan.points if point.role in ("input", "activation")} == {-7}
+    for point in found.plan.points:
+        if point.role in ("weight", "bias"):
+            assert torch.equal(found.codes(point), by_hand.codes(point)), point.name
+    codes, expected = IntegerModel(found).codes(x), IntegerModel(by_hand).codes(factors["x"] * x)
+    for name in codes:
+        assert torch.equal(codes[name], expected[name]), name
+
+
+def test_data_are_not_clipped_at_one(changed: Changed) -> None:
+    """Values to 8 in steps of 1/16: 8 - 1/16 is the largest. In Q7, all above 127 / 128 would be one value."""
+    x = 8 * image(4)
+    for target, scale in ((changed(), -4), (changed(Q7), -7)):
+        result = quantized(Layer(0.3), target, x)
+        assert exponent(result.encodings()["x"].scale) == scale
+        codes = IntegerModel(result).codes(x)["x"]
+        assert torch.equal(codes.double(), (x.double() * 2.0**-scale).round().clamp(-128, 127))
+
+
+class Residual(nn.Module):
+    """A layer whose result meets its input: the sum has no shift, so that all three have one scale."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.layer = Layer(size, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x) + x
+        return found
 
 
 def test_a_shift_ends_at_15_to_the_right(changed: Changed) -> None:
-    tiny, x = Layer(2.0**-20), image(4)
-    assert exponent(quantized(tiny, changed(), x).encodings()["conv.weight"].scale) == -22  # 7 - 22 = -15
-    without = changed(SHIFTS, SHIFT_SOURCE)
-    assert exponent(quantized(tiny, without, x).encodings()["conv.weight"].scale) == -27
+    tiny, x = Residual(2.0**-20), image(4)
+
+    for target, expected in ((changed(), -22), (changed(SHIFTS, SHIFT_SOURCE), -27)):  # 7 - 22 = -15
+        scales = exponents(quantized(tiny, target, x))
+        assert scales["x"] + scales["layer.conv.weight"] - scales["layer.conv"] == expected
 
 
 def test_a_shift_ends_at_15_to_the_left(changed: Changed) -> None:
+    """Two inputs that nearly cancel: data and weights in steps of 2^-7 have a result of 2^-17, in steps of 2^-24."""
+    close = Layer(0.5, kernel=1)
+    with torch.no_grad():
+        close.conv.weight[:, :2] = torch.tensor([0.5, -0.5])[None, :, None, None]
+        close.conv.weight[:, 2:] = 0
     x = image(4)
-    result = quantized(Layer(2.0**15 * 0.99), changed(), x)
-    assert exponent(result.encodings()["conv.weight"].scale) == 8  # 7 + 8 = 15
-    with pytest.raises(RangeError, match=r"^conv: .*must be at most 2\^8 \(requantize\.layer\.shift\.min\); got 512"):
-        quantized(Layer(2.0**16 * 0.99), changed(), x)
-    assert quantized(Layer(2.0**16 * 0.99), changed(SHIFTS, SHIFT_SOURCE), x)
+    x[:, 1] = x[:, 0] * (1 - 2.0**-16)
+
+    for target, expected in ((changed(), 8), (changed(SHIFTS, SHIFT_SOURCE), 10)):  # 7 + 8 = 15
+        scales = exponents(quantized(close, target, x))
+        assert scales["x"] + scales["conv.weight"] - scales["conv"] == expected
 
 
 def test_a_bias_is_shifted_left_by_7_and_has_8_bits(changed: Changed) -> None:
