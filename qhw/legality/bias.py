@@ -60,23 +60,42 @@ def bias_findings(site: Site, kernel: str, *, derived: bool) -> Iterator[Finding
 
 
 def _of_codes(path: str, rule: Bias, bias: Constant) -> Iterator[Finding]:
-    zeros = bias.encoding.zero_point if bias.encoding is not None else np.zeros(())
-    if bool(zeros.any()) and rule.zero_point in (None, 0):
-        got = f"zero point {int(zeros.flat[0])}"
-        yield Finding(f"{path}.zero_point", "must be 0", got, "Quantize it symmetrically.", bias.name)
+    zeros = bias.encoding.zero_point if bias.encoding is not None else np.zeros((), np.int64)
+    zero = rule.zero_point or 0
+    if zero == "unknown":
+        yield unknown(f"{path}.zero_point")
+    elif bool((zeros != zero).any()):
+        got = f"zero point {int(zeros[zeros != zero].flat[0])}"
+        fix = "Quantize it with that zero point." if zero else "Quantize it symmetrically."
+        yield Finding(f"{path}.zero_point", f"must be {zero}", got, fix, bias.name)
+    yield from _of_storage(f"{path}.storage_bits", rule, bias)
     if rule.bits is None or rule.bits == "unknown":
         yield unknown(f"{path}.bits", "unknown" if rule.bits else "the target does not say how wide a bias is")
         return
     assert isinstance(rule.bits, int)
     if bias.codes is None or bias.codes.size == 0:
         return
-    low, high = -(1 << (rule.bits - 1)), (1 << (rule.bits - 1)) - 1
+    if rule.signed == "unknown":
+        yield unknown(f"{path}.signed")
+        return
+    half = 1 << (rule.bits - 1)
+    low, high = (0, 2 * half - 1) if rule.signed is False else (-half, half - 1)
     wrong = (bias.codes < low) | (bias.codes > high)
     if bool(wrong.any()) and rule.out_of_range != "saturate":
-        most = max(abs(int(code)) for code in (bias.codes.min(), bias.codes.max()))
-        got = f"{most.bit_length() + 1} bits ({int(wrong.sum())} of {bias.codes.size} codes lie outside)"
+        got = f"code {int(bias.codes[wrong].flat[0])} ({int(wrong.sum())} of {bias.codes.size} codes lie outside)"
         fix = "Give the weights of these channels a coarser scale."
-        yield Finding(f"{path}.bits", f"must be {rule.bits}", got, fix, bias.name)
+        must = f"must be {rule.bits}, codes from {low} to {high}"
+        yield Finding(f"{path}.bits", must, got, fix, bias.name)
+
+
+def _of_storage(clause: str, rule: Bias, bias: Constant) -> Iterator[Finding]:
+    """The stored type, where the target says which widths a bias is stored in."""
+    if rule.storage_bits == "unknown":
+        yield unknown(clause)
+    elif rule.storage_bits is not None and bias.encoding is not None and bias.encoding.bits not in rule.storage_bits:
+        widths = " or ".join(map(str, rule.storage_bits))
+        fix = f"Store it in {widths} bits."
+        yield Finding(clause, f"must be {widths}", bias.encoding.type or f"{bias.encoding.bits}", fix, bias.name)
 
 
 def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) -> Iterator[Finding]:
@@ -87,13 +106,10 @@ def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) ->
     if rule.scale == "own":
         if rule.per in (None, "tensor") and e.axis is not None and len(np.unique(e.scale)) > 1:
             yield Finding(f"{path}.per", 'must be "tensor"', f"{e.scale.size} scales", "Use one scale.", bias.name)
-        if rule.align == "shift" and unit is not None and rule.applied != "after_multiplier":
-            ratio = e.scale / unit
-            legal = is_power_of_two(np.asarray(ratio, np.float32).astype(np.float64)) & (ratio >= 1 - _TOLERANCE)
-            if not bool(legal.all()):
-                must = "must be input scale times weight scale, shifted left"
-                got = f"{float(np.atleast_1d(ratio)[np.atleast_1d(~legal)][0]):.9g} times that"
-                yield Finding(f"{path}.align", must, got, "Quantize it on such a scale.", bias.name)
+        if rule.align == "unknown":
+            yield unknown(f"{path}.align")
+        elif rule.meets_sum and unit is not None:
+            yield from _of_alignment(path, rule, bias, np.atleast_1d(e.scale / unit))
         return
     if unit is None:
         return
@@ -110,6 +126,37 @@ def _of_scale(path: str, rule: Bias, bias: Constant, e: Encoding, site: Site) ->
         more = f" ({int(away.sum())} of {away.size} channels)" if away.size > 1 else ""
         fix = "Quantize it again at that scale."
         yield Finding(f"{path}.scale", 'must be "input*weight"', got + more, fix, bias.name)
+
+
+def _of_alignment(path: str, rule: Bias, bias: Constant, ratio: NDArray[Any]) -> Iterator[Finding]:
+    """A bias that is shifted left to meet the sum: by a whole number of bits, and as far as the hardware can."""
+    ratio = np.asarray(ratio, np.float32).astype(np.float64)
+    exact = is_power_of_two(ratio)
+    if not bool(exact.all()):
+        must = "must be input scale times weight scale, shifted left"
+        got = f"{float(ratio[~exact][0]):.9g} times that"
+        yield Finding(f"{path}.align", must, got, "Quantize it on such a scale.", bias.name)
+        return
+    if rule.shift == "unknown":
+        yield unknown(f"{path}.shift")
+        return
+    left = np.frexp(ratio)[1] - 1
+    fewest, most = (0, None) if rule.shift is None else (_negative(rule.shift.max, 0), _negative(rule.shift.min, None))
+    for field, bound, wrong, words, fix in (
+        ("max", fewest, left < fewest if isinstance(fewest, int) else None, "at least", "Give it a coarser scale."),
+        ("min", most, left > most if isinstance(most, int) else None, "at most", "Give it a finer scale."),
+    ):
+        clause = f"{path}.align" if rule.shift is None else f"{path}.shift.{field}"
+        if bound == "unknown":
+            yield unknown(clause)
+        elif wrong is not None and bool(wrong.any()):
+            must = f"must be shifted left by {words} {bound} bits to meet the sum"
+            yield Finding(clause, must, str(int(left[wrong][0])), fix, bias.name)
+
+
+def _negative(bound: int | str | None, absent: int | None) -> int | str | None:
+    """Bits of a left shift, from those of a right one."""
+    return -bound if isinstance(bound, int) else absent if bound is None else bound
 
 
 def _unit(site: Site) -> NDArray[Any] | None:

@@ -147,10 +147,14 @@ def _of_grid(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator
 def _of_parameters(path: str, spec: Format, operand: Operand, e: Encoding) -> Iterator[Finding]:
     """Scales and zero points, of integers and of small floats."""
     if e.is_dynamic:
-        if not (spec.scale not in (None, "unknown") and getattr(spec.scale, "dynamic", None) is True):
+        if not spec.is_dynamic:
             fix = "Quantize it statically, with calibration data."
             yield Finding(f"{path}.scale", "must be fixed when the model is compiled", e.words(), fix)
         yield from sharing_findings(path, spec, e, operand.out_axis, operand.in_axis)
+        return
+    if spec.is_dynamic and not operand.is_constant:
+        fix = "Leave its scale to the run time."
+        yield Finding(f"{path}.scale.dynamic", "must be computed at run time", e.words(), fix, distance=20)
         return
     yield from _of_zero_point(path, spec, e)
     yield from sharing_findings(path, spec, e, operand.out_axis, operand.in_axis)

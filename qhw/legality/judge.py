@@ -9,7 +9,7 @@ from qhw.legality.chain import Chain, chain_of, within
 from qhw.legality.clips import CLIPS, clip_codes
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.formats import Operand, nearest_format, takes_reals
-from qhw.legality.limits import limit_findings, network_findings
+from qhw.legality.limits import limit_findings, network_findings, rank_findings
 from qhw.legality.report import CheckReport, OperatorReport, Status, Unjudged, Violation
 from qhw.legality.rows import nearest_row
 from qhw.legality.settled import settle
@@ -111,6 +111,9 @@ class _Judge:
 
     def _view(self, operator: ArtefactOperator) -> OperatorReport:
         """The same tensor seen otherwise; another grid behind it is a requantization."""
+        too_many = next((one for one in rank_findings(self._target, operator) if not one.is_open), None)
+        if too_many is not None:
+            return self._elsewhere(operator, too_many)
         spec = self._target.operators.get(operator.kind)
         grids = [use.encoding for use in (*operator.inputs[:1], operator.output)]
         if spec is not None and None not in grids:
@@ -124,7 +127,7 @@ class _Judge:
         self, operator: ArtefactOperator, path: str, spec: OperatorSpec, chain: Chain
     ) -> OperatorReport | Finding:
         """The operator under one row of the target, or what keeps it from that."""
-        limits = list(limit_findings(graph_operator(operator), path, spec))
+        limits = [*limit_findings(graph_operator(operator), path, spec), *rank_findings(self._target, operator)]
         broken = next((one for one in limits if not one.is_open), None)
         if broken is not None:
             return broken

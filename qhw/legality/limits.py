@@ -6,12 +6,12 @@ from typing import Any
 
 from qhw.graph import Operator as GraphOperator
 from qhw.graph.limits import violated_limit
-from qhw.legality.artefact import Artefact
+from qhw.legality.artefact import Artefact, ArtefactOperator
 from qhw.legality.finding import Finding, unknown
 from qhw.schema import LimitRange, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
-__all__ = ["limit_findings", "network_findings"]
+__all__ = ["limit_findings", "network_findings", "rank_findings"]
 
 _STATED_BY_ALL = ("rank",)
 """What every operator has; any other attribute is absent where a kind has no such thing."""
@@ -52,14 +52,65 @@ def network_findings(target: TargetSpec, artefact: Artefact, run: int) -> Iterat
         yield from _counted(
             "network.max_layers", network.max_layers, run, f"{run} operators on the accelerator", "Use fewer layers."
         )
-        size = weight_bytes(artefact)
-        yield from _counted(
-            "network.max_weight_bytes", network.max_weight_bytes, size, f"{size} bytes of weights", "Use fewer weights."
-        )
+        yield from _of_shapes(network.static_shapes, artefact)
+    yield from _of_weights(target, artefact)
     least = target.artefact.opset_min if target.artefact is not None else None
     if isinstance(least, int) and artefact.opset is not None and artefact.opset < least:
         fix = f"Export again with opset {least} or later."
         yield Finding("artefact.opset_min", f"must be at least {least}", f"opset {artefact.opset}", fix)
+
+
+def _of_weights(target: TargetSpec, artefact: Artefact) -> Iterator[Finding]:
+    """Weights against what the network may have, else against the memory that refuses more."""
+    size = weight_bytes(artefact)
+    got, fix = f"{size} bytes of weights", "Use fewer weights."
+    stated = target.network.max_weight_bytes if target.network is not None else None
+    if stated is not None:
+        yield from _counted("network.max_weight_bytes", stated, size, got, fix)
+        return
+    for name, memory in target.memories.items():
+        if isinstance(memory.holds, tuple) and "weights" in memory.holds:
+            if memory.past_capacity == "refuse":
+                yield from _counted(f"memories.{name}.capacity_bytes", memory.capacity_bytes, size, got, fix)
+            return
+
+
+def rank_findings(target: TargetSpec, operator: ArtefactOperator) -> Iterator[Finding]:
+    """A tensor with more dimensions than the network may have; open where those of the result are not known."""
+    clause, most = "network.max_rank", target.network.max_rank if target.network is not None else None
+    if most is None:
+        return
+    if most == "unknown":
+        yield unknown(clause)
+        return
+    ranks = {use.tensor: len(use.shape) for use in (*operator.inputs, operator.output) if use.shape is not None}
+    if isinstance(operator.attributes.get("rank"), int):
+        ranks.setdefault(operator.output.tensor, operator.attributes["rank"])
+    for tensor, rank in ranks.items():
+        if rank > most:
+            fix = "Fold dimensions into one another, or run it on the host."
+            yield Finding(clause, f"must be at most {most}", f"rank {rank} of '{tensor}'", fix)
+            return
+    if operator.output.tensor not in ranks:
+        yield unknown(clause, "the artefact does not state it")
+
+
+def _of_shapes(stated: bool | str | None, artefact: Artefact) -> Iterator[Finding]:
+    """Sizes of graph inputs that are not fixed; the batch alone may be given to the toolchain."""
+    clause = "network.static_shapes"
+    if stated == "unknown":
+        yield unknown(clause)
+    if stated is not True:
+        return
+    uses = [use for operator in artefact.operators for use in operator.inputs if use.tensor in artefact.inputs]
+    shapes = {use.tensor: use.shape for use in uses if use.shape is not None}
+    for tensor, shape in shapes.items():
+        words = ", ".join("?" if size is None else str(size) for size in shape)
+        if None in shape[1:]:
+            must, got = "must be true: every size is fixed", f"'{tensor}' of shape [{words}]"
+            yield Finding(clause, must, got, "Export it with fixed sizes.")
+        elif None in shape:
+            yield unknown(clause, f"the batch of '{tensor}' is left to the toolchain")
 
 
 def weight_bytes(artefact: Artefact) -> int:

@@ -11,8 +11,9 @@ from qhw.legality.chain import Chain, chain_findings, implied
 from qhw.legality.exponents import exponent_findings
 from qhw.legality.finding import OTHER_TYPE, Finding
 from qhw.legality.formats import nearest_format, takes_reals
+from qhw.legality.real_range import range_findings
 from qhw.legality.requantize import requantize_findings
-from qhw.legality.sharing import fixed_findings, precision_findings, tie_findings
+from qhw.legality.sharing import fixed_findings, precision_findings, tie_findings, weight_scale_findings
 from qhw.legality.site import Site
 from qhw.schema import WEIGHTED_KINDS, TargetSpec
 from qhw.schema import Operator as OperatorSpec
@@ -75,6 +76,8 @@ def nearest_row(
         if operator.kind in WEIGHTED_KINDS:
             findings += bias_findings(site, name, derived=derived_biases)
         findings += fixed_findings(site, output)
+        findings += range_findings(site, output)
+        findings += weight_scale_findings(site)
         passed = tuple(follower.name for follower in chain.followers)
         found.append((Judged(name, tuple(findings), passed), site))
     least = min(judged.distance for judged, _ in found)

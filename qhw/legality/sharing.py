@@ -13,7 +13,7 @@ from qhw.legality.finding import Finding, unknown
 from qhw.legality.site import Site, graph_operator
 from qhw.schema import Kernel
 
-__all__ = ["fixed_findings", "precision_findings", "tie_findings"]
+__all__ = ["fixed_findings", "precision_findings", "tie_findings", "weight_scale_findings"]
 
 
 def tie_findings(site: Site, kernels: dict[str, Kernel]) -> Iterator[Finding]:
@@ -87,6 +87,24 @@ def fixed_findings(site: Site, format_name: str | None) -> Iterator[Finding]:
         must = f"must be scale {fixed.scale:.9g}, zero point {fixed.zero_point}"
         fix = f"Give the result of {site.kind} these parameters."
         yield Finding(f"{clause}.{format_name}", must, e.words(), fix, site.output.tensor)
+
+
+def weight_scale_findings(site: Site) -> Iterator[Finding]:
+    """How many scales a grouped operator's weights have, where they have one per output channel."""
+    stated, weight, facts = site.spec.weight_scales, site.weight, site.operator.attributes
+    groups, channels = facts.get("groups", 1), facts.get("out_channels")
+    if stated is None or weight is None or weight.encoding is None or groups in (None, 1) or channels is None:
+        return
+    if weight.encoding.axis is None or weight.encoding.block_size is not None:
+        return
+    clause = f"{site.path}.weight_scales"
+    if stated == "unknown":
+        yield unknown(clause)
+        return
+    wanted, got = channels if stated == "out_channels" else channels // groups, weight.encoding.scale.size
+    if got != wanted:
+        fix = "Quantize it again with as many, or with one for the tensor."
+        yield Finding(clause, f'must be "{stated}": {wanted} scales', f"{got} scales", fix, weight.name)
 
 
 def _cell(site: Site, kernels: dict[str, Kernel]) -> Cell:
