@@ -17,7 +17,7 @@ from qhw.graph.switching import BatchNorm
 from qhw.numerics import FakeQuantizer, PerAxis, PerTensor, QParams, expand, legal_scale, quantize
 from qhw.training.batch_norm import DoubleForward, KeptNorm, NormLayer, OperatorCall, SyncedBatchNorm
 from qhw.training.bias import BiasQuantizer
-from qhw.training.fusion import drop_results, fuse_clips, fuse_norms
+from qhw.training.fusion import drop_repeats, drop_results, fuse_clips, fuse_norms
 
 __all__ = ["TrainingForm"]
 
@@ -193,6 +193,7 @@ class TrainingForm(Work):
         modules = self._modules()
         points = [point for point in self.plan.points if point.group not in paths]
         paths |= insert_modules(graph, points, lambda point: modules.get(point.group))
+        drop_repeats(graph)
         fuse_clips(graph)
         fuse_norms(graph)
         drop_results(graph)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantizers do on the way: a ReLU in front costs no passes of its own, a batch norm no memory of its own."""
+"""What quantizers do on the way, or not twice: a ReLU in front costs no pass, a batch norm and a slice no memory."""
 
 import math
 from typing import Any
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qhw.graph import Graph
-from qhw.numerics import LearnedQuantizer
+from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, Graph
+from qhw.numerics import LearnedQuantizer, PerTensor
 from qhw.numerics.learned import Clip
 from qhw.training.batch_norm import KeptNorm
 
-__all__ = ["drop_results", "fuse_clips", "fuse_norms"]
+__all__ = ["drop_repeats", "drop_results", "fuse_clips", "fuse_norms"]
 
 # With the bounds they have by default. Their gradient is 0 at the bounds, too; that of clamp is not.
 _CLIPS: dict[Any, Clip] = {
@@ -20,6 +20,7 @@ _CLIPS: dict[Any, Clip] = {
     torch.ops.aten.relu6.default: (0.0, 6.0),
     torch.ops.aten.hardtanh.default: (-1.0, 1.0),
 }
+_ZEROS = (torch.ops.aten.constant_pad_nd.default, torch.ops.aten.pad.default)
 # Operators whose gradient does not need what they read.
 _KEEP_NO_INPUT = {
     torch.ops.aten.add.Tensor,
@@ -27,6 +28,44 @@ _KEEP_NO_INPUT = {
     torch.ops.aten.mean.dim,
     torch.ops.aten.cat.default,
 }
+
+
+def drop_repeats(graph: Graph) -> None:
+    """Take out the calls of learning quantizers on values that they quantized already, and that were only moved since.
+
+    Values stay to the bit, gradients to float rounding: on a value that is on the grid, a quantizer is the identity.
+
+    Args:
+        graph: With its quantizers; changed in place.
+    """
+    moving = {op.name for op in graph.operators if op.kind in VIEW_KINDS | MOVEMENT_KINDS}
+    on_grid: dict[fx.Node, str] = {}
+    for node in list(graph.module.graph.nodes):
+        grids = {on_grid.get(source, "") for source in node.all_input_nodes}
+        if node.op == "call_module" and _is_one_grid(graph.module.get_submodule(str(node.target))):
+            if grids == {str(node.target)}:
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.module.graph.erase_node(node)
+            else:
+                on_grid[node] = str(node.target)
+        elif node.meta.get("name") in moving and len(grids) == 1 and "" not in grids and _adds_nothing(node):
+            on_grid[node] = grids.pop()
+    graph.refresh()
+
+
+def _is_one_grid(module: nn.Module) -> bool:
+    """Whether it is a learning quantizer of integers with one scale, so that a place in the tensor does not matter."""
+    return _is_learned(module) and isinstance(module.granularity, PerTensor) and module.elements is None
+
+
+def _adds_nothing(node: fx.Node) -> bool:
+    """Whether a node that moves values gives those of its input alone, or zeros, which every such grid has."""
+    if node.target not in _ZEROS:
+        return "pad" not in str(node.target)
+    given: dict[str, Any] = {"value": 0, "mode": "constant", **node.kwargs}
+    rest = dict(zip(("value",) if node.target is _ZEROS[0] else ("mode", "value"), node.args[2:], strict=False))
+    given |= rest
+    return given["mode"] == "constant" and not given["value"]
 
 
 def fuse_clips(graph: Graph) -> None:

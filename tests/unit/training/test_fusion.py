@@ -169,3 +169,53 @@ def test_what_only_a_sum_reads_is_computed_again_for_the_gradient_and_nothing_ch
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None:
             assert torch.equal(mine.grad, theirs.grad)
+
+
+GENERIC = "whitepaper/generic-int8"  # lists what moves values
+
+
+class Shortcut(nn.Module):
+    """As the shortcut of a ResNet for CIFAR-10: every second pixel, and channels of zeros."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value = value
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        moved = nn.functional.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), value=self.value)
+        return torch.relu(self.second(y) + moved).mean((2, 3))
+
+
+def calls(result):
+    """How often each quantizer is called."""
+    modules = (result.module.get_submodule(str(n.target)) for n in result.module.graph.nodes if n.op == "call_module")
+    names = [module.name for module in modules if isinstance(module, LearnedQuantizer)]
+    return {name: names.count(name) for name in names}
+
+
+def test_values_that_were_only_moved_are_not_quantized_again_and_nothing_changes(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Shortcut().eval(), images(64)
+    once = trainable(model, accelerator=GENERIC)
+    monkeypatch.setattr("qhw.training.form.drop_repeats", lambda graph: None)
+    again = trainable(model, accelerator=GENERIC)
+    assert calls(once)["first"] == 1 < calls(again)["first"]
+    (loss, bytes_once), (expected, bytes_again) = kept_bytes(once, x), kept_bytes(again, x)
+    assert torch.equal(loss, expected)
+    # float32 of 64 images: what the slices and the pad give, 8 x 4 x 4 and 16 x 4 x 4 values at least.
+    assert bytes_again - bytes_once >= 4 * 64 * 24 * 4 * 4
+    loss.backward()
+    expected.backward()
+    for mine, theirs in zip(once.parameters(), again.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, 1), (0.3, 2)])
+def test_values_that_a_pad_adds_are_quantized_unless_they_are_zeros(value, expected):
+    torch.manual_seed(0)
+    result = trainable(Shortcut(value).eval(), accelerator=GENERIC)
+    assert calls(result)["first"] == expected
