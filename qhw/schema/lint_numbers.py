@@ -30,6 +30,7 @@ def contradictions(spec: TargetSpec) -> Iterator[Remark]:
     """Everything that two fields say against each other, or that no number satisfies."""
     for name, form in spec.formats.items():
         yield from _of_scale(name, form)
+        yield from _of_fixed_data(spec, name, form)
     for name, kernel in spec.kernels.items():
         yield from _of_widths(spec, name, kernel)
         yield from _of_exponents(spec, name, kernel)
@@ -79,6 +80,30 @@ def _of_scale(name: str, form: Format) -> Iterator[Remark]:
     if bounds is not None and bounds[0] > bounds[1]:
         text = "no power of two lies within its bounds. Widen min and max, or exponent_min and exponent_max."
         yield "error", ("formats", name, "scale"), text
+
+
+def _of_fixed_data(spec: TargetSpec, name: str, form: Format) -> Iterator[Remark]:
+    """Integer data on one scale beside weights whose scales are free: documents read codes so, chips need not."""
+    scale, low, high, zero = form.scale, form.quant_min, form.quant_max, form.zero_point
+    if form.kind != "integer" or low is None or high is None or not isinstance(zero, int):
+        return
+    if not (isinstance(scale, Scale) and scale.kind == "fixed" and isinstance(scale.values, tuple)):
+        return
+    if any(_rescales(spec, kernel, name) for kernel in spec.kernels.values()):
+        text = (
+            f"data beyond [{(low - zero) * scale.values[0]:g}, {(high - zero) * scale.values[0]:g}] is clipped. A chip "
+            "that reads codes alone has no such scale: then state power_of_two, and same_scale where no multiplier or "
+            "shift parts two tensors."
+        )
+        yield "info", ("formats", name, "scale"), text
+
+
+def _rescales(spec: TargetSpec, kernel: Kernel, name: str) -> bool:
+    """Whether a kernel reads and writes data of a format, with weights whose scale can take up that of the data."""
+    if not all(isinstance(names, tuple) and name in names for names in (kernel.input, kernel.output)):
+        return False
+    weights = kernel.weight if isinstance(kernel.weight, tuple) else ()
+    return any(getattr(spec.formats[one].scale, "kind", None) != "fixed" for one in weights)
 
 
 def _reach(form: Format) -> int | None:

@@ -146,6 +146,12 @@ CASES: dict[str, tuple[str, str, str]] = {
         'output_formats = ["w8"]',
         "warning: boundary.output_formats: w8 is met nowhere: no kernel gives it. Remove it, or list it there.",
     ),
+    "data on one scale beside weights that are free": (  # (-128, 127) / 128
+        'zero_point = 0, per = "tensor", scale = { kind = "power_of_two" } }',
+        'zero_point = 0, per = "tensor", scale = { kind = "fixed", values = [0.0078125] } }',
+        "info: formats.a8.scale: data beyond [-1, 0.992188] is clipped. A chip that reads codes alone has no such "
+        "scale: then state power_of_two, and same_scale where no multiplier or shift parts two tensors.",
+    ),
     "limit without a value": (
         "kernel = { max = 7 }",
         "kernel = { max = 7, multiple_of = 8 }",
@@ -375,6 +381,21 @@ def test_a_reading_that_a_child_replaces_is_no_contradiction(tmp_path: Path) -> 
     (tmp_path / "base.toml").write_text(WHOLE.replace(old, new, 1).replace("chosen = 40", "chosen = 32"))
     child = 'schema_version = 1\nname = "acme/child"\nextends = "base.toml"\naccumulators.acc = { bits = 24 }\n'
     assert not [found for found in lint(parse_target(child, folder=tmp_path)) if "chooses" in found.message]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param('per = "out_channel", scale = { kind = "power_of_two" }',
+                     'per = "out_channel", scale = { kind = "fixed", values = [0.5] }', id="weights are fixed, too"),
+        pytest.param('output = ["a8"]\nbias', 'output = ["a16"]\nbias', id="results have another format"),
+        pytest.param('weight = ["w8"]\noutput', "output", id="no weights"),
+    ],
+)  # fmt: skip
+def test_data_on_one_scale_that_nothing_can_take_up_is_not_remarked(old: str, new: str) -> None:
+    free, fixed, message = CASES["data on one scale beside weights that are free"]
+    assert old in WHOLE
+    assert message not in said(WHOLE.replace(free, fixed, 1).replace(old, new, 1))
 
 
 def test_the_kinds_are_those_of_the_graph() -> None:
