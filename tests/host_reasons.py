@@ -2,8 +2,8 @@
 """Whether a target's file really says what a plan gives as the reason for leaving an operator to the host."""
 
 from qhw.graph import OperatorPlacement
-from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.schema import Kernel, TargetSpec
+from qhw.schema.kinds import row_kinds
 
 __all__ = ["explains", "is_runnable", "obstacles"]
 
@@ -26,7 +26,7 @@ def obstacles(spec: TargetSpec, kernel: Kernel, gives_float: bool = False) -> li
 
 def is_runnable(spec: TargetSpec, kind: str) -> bool:
     """Whether the file lists a kind, or one that stands for it, with a row that tensors can take; limits aside."""
-    rows = [spec.operators[name] for name in (kind, *FALLBACK_KINDS.get(kind, ())) if name in spec.operators]
+    rows = [spec.operators[name] for name in row_kinds(kind, spec.operators)]
     return any(
         row.kernels is None
         or (

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 
 from qhw.graph.cell import TWO_OPERANDS, Cell
 from qhw.graph.graph import Graph
-from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.graph.limits import violated_limit
 from qhw.graph.network import violated_network_limit
 from qhw.graph.operator import Operator
@@ -19,6 +18,7 @@ from qhw.graph.points import OperatorPlacement
 from qhw.graph.rows import activations_of, held_formats, missing_field, preferred
 from qhw.schema import WEIGHTED_KINDS, Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
+from qhw.schema.kinds import row_kinds
 
 __all__ = ["Cell", "Cells", "Wishes", "find_cells"]
 
@@ -238,10 +238,8 @@ class _Reader:
         if beyond is not None:
             return beyond
         reason = (f"operators.{operator.kind}", "the target does not list it")
-        for kind in (operator.kind, *FALLBACK_KINDS.get(operator.kind, ())):
-            spec = self._target.operators.get(kind)
-            if spec is None:
-                continue
+        for kind in row_kinds(operator.kind, self._target.operators):
+            spec = self._target.operators[kind]
             path = f"operators.{kind}"
             broken = violated_limit(operator, spec.limits)
             if broken is not None:

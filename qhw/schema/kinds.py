@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator kinds that a target may list, named as ONNX names them, plus `DepthwiseConv`."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 
-__all__ = ["OPERATOR_KINDS", "STAND_INS", "TWO_ACTIVATIONS"]
+__all__ = ["OPERATOR_KINDS", "STAND_INS", "TWO_ACTIVATIONS", "row_kinds"]
 
 STAND_INS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -28,3 +28,16 @@ _KINDS = """
 """
 OPERATOR_KINDS: tuple[str, ...] = tuple(_KINDS.split())
 """All of them; some no captured model has as one operator yet."""
+
+
+def row_kinds(kind: str, listed: Container[str]) -> tuple[str, ...]:
+    """The kinds of a target under whose rows an operator may run, in the order in which they are tried.
+
+    Its own where the target lists it: one that breaks its limits, or that the hardware does not have, is not taken for
+    the general kind.
+
+    Args:
+        kind: Of the operator.
+        listed: Kinds that the target lists.
+    """
+    return (kind,) if kind in listed else tuple(one for one in STAND_INS.get(kind, ()) if one in listed)

@@ -316,8 +316,20 @@ def test_limits(limit, layer, fits):
 def test_a_depthwise_convolution_runs_as_a_convolution_where_none_is_listed():
     graph = graph_of(lambda m, x: m.c(x), c=conv(groups=4))
     assert place(graph, target(CONV)).operator("c").where == "accelerator"
-    both = target(CONV, 'operators.DepthwiseConv = { kernels = ["mac"], limits = { kernel = [3] } }')
-    assert place(graph, both).operator("c").subject == "operators.Conv.kernels"
+
+
+@pytest.mark.parametrize(
+    ("row", "subject"),
+    [
+        ('kernels = ["mac"], limits = { kernel = [3] }', "operators.DepthwiseConv.limits.kernel"),
+        ("kernels = []", "operators.DepthwiseConv.kernels"),
+    ],
+    ids=["beyond its own limits", "not there"],
+)
+def test_a_depthwise_convolution_with_a_row_of_its_own_is_held_to_that_one(row, subject):
+    graph = graph_of(lambda m, x: m.c(x), c=conv(groups=4))
+    placed = place(graph, target(CONV, f"operators.DepthwiseConv = {{ {row} }}")).operator("c")
+    assert (placed.where, placed.subject) == ("host", subject)
 
 
 def test_a_global_pooling_runs_as_a_pooling_within_its_limits():
