@@ -116,9 +116,12 @@ def _show(target: str, proofs: "list[Proof]", biases: dict[str, str]) -> None:
         bits = "not known" if proof.bits is None else str(proof.bits)
         verdict = _verdict(proof) + (", its bias left out" if proof.operator in biases else "")
         rows.append((proof.operator, f"{lowest:,}", f"{highest:,}", str(proof.bits_needed), bits, verdict))
-    print_table(("operator", "lowest", "highest", "bits needed", "bits", "verdict"), rows)
-    print()
+    if rows:
+        print_table(("operator", "lowest", "highest", "bits needed", "bits", "verdict"), rows)
+        print()
     paragraph("Target", target)
+    if not rows:
+        paragraph("Sums", "none to prove: no operator here sums products of integer activations and weights")
     known = [proof for proof in proofs if proof.bits is not None]
     over = [proof for proof in known if proof.overflowing_channels]
     if len(known) < len(proofs):

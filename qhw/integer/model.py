@@ -218,5 +218,5 @@ def _words(result: QuantizedModel, obstacles: tuple[Obstacle, ...]) -> str:
     return (
         f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. "
         f"{'State what is open in the target, or keep' if is_open else 'Keep'} these operators in float with "
-        "--keep-float; 'qhw accumulators' proves the sums all the same."
+        "--keep-float; 'qhw accumulators' proves sums of integers all the same."
     )

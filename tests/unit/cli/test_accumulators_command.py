@@ -158,3 +158,17 @@ def test_a_bias_that_the_target_leaves_open_is_in_no_sum_and_said(
     assert {row["bias_left_out"] for row in json.loads(qhw_run("accumulators", "out", "--json").out)["layers"]} == {
         field
     }
+
+
+def test_a_result_without_sums_of_integers_says_so(folder: Path, qhw_run: Run) -> None:
+    weight = 'kind = "float", bits = 8, exponent_bits = 4, mantissa_bits = 3, finite_max = 448.0, zero_point = 0'
+    text = TARGET.replace("codes = [-127, 127], zero_point = 0", weight).replace("BITS", "32")
+    (folder / "floats.toml").write_text(text)
+    ran = qhw_run(
+        "quantize", "net:model", "--target", "floats.toml", "--calibration", "net:batches", "--out", "out/floats"
+    )
+    assert ran.status == 0, ran.err
+    ran = qhw_run("accumulators", "out/floats")
+    assert (ran.status, "verdict" in ran.out) == (0, False)
+    said = "Sums none to prove: no operator here sums products of integer activations and weights"
+    assert said in " ".join(ran.out.split())
