@@ -2,16 +2,16 @@
 """The runner's working copy: the graph and the qparams that algorithms may change, and nothing else."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qhw.decisions import QuantPlan
 from qhw.engine.calibration import MICRO_BATCH, Calibration, running
 from qhw.engine.grids import granularity_of, grid_of
-from qhw.engine.insert import insert_modules
 from qhw.engine.progress import Progress
+from qhw.engine.taps import Statistic, insert_taps
 from qhw.engine.work_folder import KeptStep
 from qhw.errors import PlanError, RangeError
 from qhw.extension import Registry
@@ -29,15 +29,6 @@ from qhw.numerics import (
 from qhw.schema import TargetSpec
 
 __all__ = ["Context", "Statistic", "Work"]
-
-
-class Statistic(Protocol):
-    """What an algorithm collects of a tensor: exact, and independent of order (`qhw.numerics.MinMax`, `Histogram`)."""
-
-    def update(self, x: Tensor) -> None:
-        """Add a micro-batch of values."""
-        ...
-
 
 S = TypeVar("S", bound=Statistic)
 
@@ -249,7 +240,8 @@ class Work:
     ) -> dict[str, S]:
         """Run the calibration data once through the model, weights quantized as far as they are, and collect.
 
-        Activations are float: each range is that of the tensor itself, not of the ranges chosen before it.
+        Activations are float: each range is that of the tensor itself, not of the ranges chosen before it. Scores that
+        only a softmax reads are shown without what it cannot tell from 0: masks have no part in a range.
 
         Args:
             groups: Groups of activation points.
@@ -262,13 +254,12 @@ class Work:
         """
         wanted = list(groups)
         statistics = {group: make(group) for group in wanted}
-        points = [point for group in wanted for point in self.group(group)]
         observed = self.graph.copy()
         for group, qparams in self.qparams.items():
             first = self.group(group)[0]
             if first.role == "weight":
                 observed.set_tensor(first.tensor, fake_quantize(observed.tensor(first.tensor).detach(), qparams))
-        insert_modules(observed, points, lambda point: _Tap(statistics[point.group]))
+        insert_taps(observed, {group: self.group(group) for group in wanted}, statistics)
         context.run_over(observed.module, label)
         return statistics
 
@@ -278,15 +269,3 @@ def _are_of(elements: ElementSet | None, of_format: ElementSet | None) -> bool:
     if elements is None or of_format is None:
         return elements is of_format
     return elements.is_of(of_format)
-
-
-class _Tap(nn.Module):
-    """Lets a tensor through and shows it to a statistic."""
-
-    def __init__(self, statistic: Statistic) -> None:
-        super().__init__()
-        self._statistic = statistic
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._statistic.update(x)
-        return x

@@ -231,7 +231,7 @@ class _Reader:
             return ("fallback", f"single partition: all that follows '{first}', the first on the host, is there")
         if operator.name in self._keep_float:
             return ("--keep-float", "kept in float by request")
-        unfit = _unfit(operator)
+        unfit = _unfit(operator) or self._masks(operator)
         if unfit is not None:
             return ("graph", unfit)
         beyond = violated_network_limit(self._graph, self._target, operator) or self._wishes.excluded.get(operator.name)
@@ -250,6 +250,13 @@ class _Reader:
                 return self._too_late(cell) or cell
             reason = cell
         return reason
+
+    def _masks(self, operator: Operator) -> str | None:
+        """Whether a constant operand holds infinite values."""
+        if operator.kind not in TWO_OPERANDS or operator.weight is None:
+            return None
+        is_mask = bool(self._graph.tensor(operator.weight).isinf().any())
+        return "its constant operand holds infinite values, as masks do, which no grid has" if is_mask else None
 
     def _too_late(self, cell: Cell) -> Reason | None:
         """Whether the network has as many layers already as it may, or reads what crosses the edge in float."""

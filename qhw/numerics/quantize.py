@@ -38,7 +38,7 @@ def quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name
     QuantizeLinear, for every rounding rule.
 
     Args:
-        x: float [*shape]; computed in float32.
+        x: float [*shape]; computed in float32. An infinite value becomes the end of the grid: masks hold -inf.
         qparams: Fits the shape.
         rounding: Named rule for the quotient.
         name: The tensor's name, for messages.
@@ -47,19 +47,17 @@ def quantize(x: Tensor, qparams: QParams, rounding: Rounding = "half_even", name
         Tensor: `code_dtype` of the grid, [*shape]; with elements, their stored patterns.
 
     Raises:
-        RangeError: x has a NaN or an infinite value, or the scale does not fit its shape, or codes exceed 2**53, or
-            another rounding than half to even is asked of elements.
+        RangeError: x has a NaN, or the scale does not fit its shape, or codes exceed 2**53, or another rounding than
+            half to even is asked of elements.
 
     Reference:
         Nagel et al., 2021, arXiv:2106.08295, eq. 4.
     """
     qparams.check_fits(tuple(x.shape), name)
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
-        bad = x[~finite].flatten()[0].item()
+    missing = int(torch.isnan(x).sum())
+    if missing:
         raise RangeError(
-            f"{name}: values must be finite; got {bad} in {int((~finite).sum())} of {x.numel()} elements. "
-            "Remove what makes NaN or inf."
+            f"{name}: values must not be NaN; got {missing} of {x.numel()} elements that are. Remove what makes them."
         )
     if max(-qparams.quant_min, qparams.quant_max) > _FLOAT64_CODES:
         raise RangeError(f"{name}: codes must stay within 2**53; got {qparams.quant_max}. Narrow the grid.")

@@ -312,7 +312,7 @@ def test_nan_in_an_input_is_named_and_not_computed() -> None:
     result = calibrated(Residual(), SPEC, x)
     x = x.clone()
     x[0, 0, 0, 0] = float("nan")
-    with pytest.raises(qhw.errors.RangeError, match="x: values must be finite; got nan in 1 of 384 elements"):
+    with pytest.raises(qhw.errors.RangeError, match="x: values must not be NaN; got 1 of 384 elements that are"):
         IntegerModel(result)(x)
 
 
