@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from qhw.legality import Artefact, ArtefactOperator, Constant, Encoding, Use, en
 from qhw_plugins.onnx_integer import INTEGER_OPERATORS, IntegerForm
 from qhw_plugins.onnx_kinds import attributes_of, kind_of
 from qhw_plugins.onnx_parameters import Parameters
-from qhw_plugins.onnx_stored import CODE_TYPES, CodeType
+from qhw_plugins.onnx_stored import CODE_TYPES, REALS, CodeType
 
 __all__ = ["OnnxArtefact"]
 
@@ -106,7 +106,18 @@ class OnnxArtefact:
             outputs=outputs,
             biases="derived" if form is not None else "stored",
             opset=opset,
+            ends=self._ends(),
         )
+
+    def _ends(self) -> Literal["float", "integer"] | None:
+        """What all inputs and outputs are, counts and indices left out; None where they differ."""
+        graph = self.model.graph
+        types = {info.type.tensor_type.elem_type for info in graph.output}
+        types |= {info.type.tensor_type.elem_type for info in graph.input if info.name not in self._constants}
+        found: set[Literal["float", "integer"]] = {
+            "float" if kind in REALS else "integer" for kind in types if kind in REALS or kind in CODE_TYPES
+        }
+        return next(iter(found)) if len(found) == 1 else None
 
     def _visit(self, node: onnx.NodeProto) -> None:
         kind = node.op_type

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from qhw.errors import ArtefactError
 from qhw.numerics import FloatElements
 
-__all__ = ["CODE_TYPES", "CodeType", "array_of", "read_model_bytes", "type_name"]
+__all__ = ["CODE_TYPES", "REALS", "CodeType", "array_of", "read_model_bytes", "type_name"]
 
 MAX_BYTES = 2**31
 _MAX_ELEMENTS = 2**33
@@ -50,6 +50,9 @@ CODE_TYPES: dict[int, CodeType] = {
     )
     if hasattr(TensorProto, kind.name.upper())  # the installed onnx may be older
 }
+
+REALS = frozenset((TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16))
+"""Types of real numbers, as models compute in."""
 
 
 def type_name(data_type: int) -> str:

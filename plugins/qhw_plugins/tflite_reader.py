@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +95,16 @@ class _File:
             inputs=frozenset(self._root[i] for i in self._indices(self._graph, 1) if i >= 0),
             outputs=frozenset(self._root[i] for i in self._indices(self._graph, 2) if i >= 0),
             remarks=tuple(self._remarks),
+            ends=self._ends(),
         )
+
+    def _ends(self) -> Literal["float", "integer"] | None:
+        """What all inputs and outputs are; None where they differ."""
+        tensors = [self._tensors[i] for slot in (1, 2) for i in self._indices(self._graph, slot) if i >= 0]
+        found: set[Literal["float", "integer"]] = {
+            "float" if tensor.type in FLOATS else "integer" for tensor in tensors if tensor.is_value
+        }
+        return next(iter(found)) if len(found) == 1 else None
 
     def _indices(self, table: FlatTable, slot: int) -> list[int]:
         """Indices of tensors; -1 stands for one that is left out.

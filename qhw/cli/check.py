@@ -35,7 +35,8 @@ def check(
 ) -> None:
     """Judge whether a quantized model keeps to what a target states; list each violation with clause and fix.
 
-    What the target leaves unknown is no violation: it is listed as what cannot be judged. Exit status 1 where
+    What the target leaves unknown is no violation: it is listed as what cannot be judged. So is what it states and no
+    check looks at. Exit status 1 where
     something is broken, 0 where nothing is, 2 where the file cannot be read.
 
     Example: qhw check model.onnx --target espressif/esp32-p4
@@ -86,6 +87,11 @@ def _show(report: "CheckReport") -> None:
         for open_clause in report.unjudged:
             nodes = f": {listed(open_clause.nodes, 3)}" if open_clause.nodes else ""
             paragraph(open_clause.clause, f"{open_clause.why}{nodes}", left=42, indent=2)
+    if report.unread:
+        print()
+        heading("Stated, and not looked at")
+        for unread in report.unread:
+            paragraph(unread.clause, unread.value, left=42, indent=2)
 
 
 def _show_clause(clause: str, violations: "list[Violation]") -> None:

@@ -3,7 +3,7 @@
 
 from qhw.legality.artefact import Artefact, ArtefactOperator, Constant, Encoding, Use, encoding_of
 from qhw.legality.judge import judge
-from qhw.legality.report import CheckReport, OperatorReport, Unjudged, Violation
+from qhw.legality.report import CheckReport, OperatorReport, Unjudged, Unread, Violation
 
 __all__ = [
     "Artefact",
@@ -13,6 +13,7 @@ __all__ = [
     "Encoding",
     "OperatorReport",
     "Unjudged",
+    "Unread",
     "Use",
     "Violation",
     "encoding_of",

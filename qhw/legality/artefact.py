@@ -185,6 +185,7 @@ class Artefact:
         activations: Encodings of activations by name where the artefact has no operators.
         parameters: Encodings of parameters by name, likewise.
         remarks: What could not be read, one line each.
+        ends: What inputs and outputs are stored as: `float`, `integer`; None where that is not known, or mixed.
     """
 
     form: str
@@ -196,6 +197,7 @@ class Artefact:
     activations: Mapping[str, Encoding] = field(default_factory=dict)
     parameters: Mapping[str, Encoding] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    ends: Literal["float", "integer"] | None = None
 
 
 def encoding_of(

@@ -226,6 +226,10 @@ def _of_zero_point(path: str, spec: Format, e: Encoding) -> Iterator[Finding]:
             symmetric = allowed == (0,)
             fix = "Quantize it symmetrically." if symmetric else "Quantize it with that zero point."
             yield Finding(clause, must, got + more, fix, distance=10)
+    width = spec.zero_point_bits
+    if isinstance(width, int) and bool((np.abs(zeros) >= 2.0**width).any()):
+        got = f"zero point {int(zeros[np.abs(zeros) >= 2.0**width][0])}"
+        yield Finding(f"{path}.zero_point_bits", f"must fit {width} bits", got, "Quantize it with a smaller one.")
     if spec.zero_point_per == "tensor" and len(np.unique(zeros)) > 1:
         yield Finding(
             f"{path}.zero_point_per",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The walk over an artefact: who runs each operator, and whether the target allows it as it stands."""
 
+from collections.abc import Iterator
+
 from qhw.graph import VIEW_KINDS
 from qhw.graph.cell import TWO_OPERANDS
 from qhw.graph.kinds import FALLBACK_KINDS
@@ -10,12 +12,13 @@ from qhw.legality.clips import CLIPS, clip_codes
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.formats import Operand, nearest_format, takes_reals
 from qhw.legality.limits import limit_findings, network_findings, rank_findings
-from qhw.legality.report import CheckReport, OperatorReport, Status, Unjudged, Violation
+from qhw.legality.report import CheckReport, OperatorReport, Status, Unjudged, Unread, Violation
 from qhw.legality.rows import nearest_row
 from qhw.legality.settled import settle
 from qhw.legality.sharing import tie_findings
 from qhw.legality.site import Site, graph_operator
 from qhw.legality.tensors import tensor_findings
+from qhw.legality.unread import unread_clauses
 from qhw.schema import WEIGHTED_KINDS, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
@@ -70,7 +73,13 @@ class _Judge:
             tuple(self._violations),
             tuple(unjudged),
             self._artefact.remarks,
+            tuple(self._unread(operators)),
         )
+
+    def _unread(self, operators: tuple[OperatorReport, ...]) -> Iterator[Unread]:
+        kinds = {one.kind for one in operators}
+        kernels = {one.kernel for one in operators if one.kernel is not None}
+        return unread_clauses(self._target, self._artefact, kinds, kernels)
 
     def _note(self, node: str, kind: str, finding: Finding) -> None:
         if finding.is_open:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from qhw.wording import counted
 
-__all__ = ["CheckReport", "OperatorReport", "Unjudged", "Violation"]
+__all__ = ["CheckReport", "OperatorReport", "Unjudged", "Unread", "Violation"]
 
 Status = Literal["legal", "illegal", "host", "unjudged", "passed"]
 
@@ -59,6 +59,19 @@ class Unjudged:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """What the target states of files, and no check looks at.
+
+    Attributes:
+        clause: Dotted field path.
+        value: What stands there.
+    """
+
+    clause: str
+    value: str
+
+
+@dataclass(frozen=True)
 class OperatorReport:
     """How one operator was judged.
 
@@ -93,6 +106,7 @@ class CheckReport:
         violations: What is broken.
         unjudged: What cannot be judged.
         remarks: What could not be read of the file.
+        unread: What the target states of such files and was not looked at.
     """
 
     artefact: str
@@ -103,6 +117,7 @@ class CheckReport:
     violations: tuple[Violation, ...]
     unjudged: tuple[Unjudged, ...]
     remarks: tuple[str, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
     @property
     def is_legal(self) -> bool:

@@ -54,7 +54,8 @@ class Bias(Table):
     max_channels: Count | Unknown | None = used("Most output channels an operator with a bias may have.")
     required: bool | Unknown | None = used("True: an operator without a bias gets one of zeros.")
     storage_bits: tuple[Width, ...] | Unknown | None = recorded(
-        "Widths of the stored integers where wider than `bits`. Not read: a matter of the artefact."
+        "Widths of the stored integers where wider than `bits`. Not planned by: a matter of the artefact.",
+        judged=True,
     )
     out_of_range: Literal["saturate", "wrap", "refuse", "enlarge_scale"] | Unknown | None = used(
         "What the tool does with a bias that does not fit, where no step has made it fit: clamp it, or give its "
@@ -192,8 +193,9 @@ class Requantize(Table):
     )
     align: Align | Unknown | None = used("Of kind `shift`: how a sum brings operands of two scales to one.")
     shift_per: Literal["tensor", "out_channel"] | Unknown | None = recorded(
-        "Sharing of the shift where it differs from `per`. Not read: multipliers and shifts are chosen channel by "
-        "channel."
+        "Sharing of the shift where it differs from `per`. Not planned by: multipliers and shifts are chosen channel "
+        "by channel.",
+        judged=True,
     )
     out_of_range: Literal["saturate", "wrap", "zero_scale", "refuse"] | Unknown | None = used(
         "What happens to a multiplier or shift out of range; `zero_scale`: the result is silently scaled by 0. Absent: "

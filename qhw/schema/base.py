@@ -106,9 +106,15 @@ def used(description: str, *, recorded_values: tuple[str, ...] = (), default: An
     return Field(default=default, description=description, json_schema_extra=extra or None)
 
 
-def recorded(description: str) -> Any:
-    """A field that is checked and kept, and that nothing reads yet; `lint` says so where a file sets it."""
-    return Field(default=None, description=description, json_schema_extra={"recorded": True})
+def recorded(description: str, *, judged: bool | None = None) -> Any:
+    """A field that is kept, and that nothing is planned or computed by; `lint` says so where a file sets it.
+
+    Args:
+        description: What it says.
+        judged: It constrains quantized files: whether `qhw check` holds them to it. None: it says nothing of a file.
+    """
+    extra: dict[str, Any] = {"recorded": True} if judged is None else {"recorded": True, "judged": judged}
+    return Field(default=None, description=description, json_schema_extra=extra)
 
 
 class Table(BaseModel):

@@ -71,9 +71,9 @@ class Format(Table):
         "stated, which reads as free."
     )
     zero_point_per: Literal["tensor", "out_channel", "group"] | Unknown | None = recorded(
-        "Sharing of zero points where it differs from that of scales."
+        "Sharing of zero points where it differs from that of scales.", judged=True
     )
-    zero_point_bits: Bits | Unknown | None = recorded("Width of the register that holds a zero point.")
+    zero_point_bits: Bits | Unknown | None = recorded("Width of the register that holds a zero point.", judged=True)
     zero_point_cost: Amount | Unknown | None = recorded(
         "What a zero point that is not 0 costs at run time, as a factor on the operator's time above 1 (0: free)."
     )
@@ -85,10 +85,12 @@ class Format(Table):
     group_size: Count | tuple[Count, ...] | Unknown | None = used(
         'Elements of one group for per = "group": one size, or those allowed.'
     )
-    block_shape: tuple[Count, ...] | Unknown | None = recorded('Shape of one block for per = "block".')
+    block_shape: tuple[Count, ...] | Unknown | None = recorded(
+        'Shape of one block for per = "block": outputs, inputs.', judged=True
+    )
     scale: Scale | Unknown | None = used("Which scales are legal. Absent: any positive float32.")
     min_real_range: Positive | Unknown | None = recorded(
-        "Smallest real range (highest minus lowest value) the tool encodes."
+        "Smallest real range (highest minus lowest value) the tool encodes.", judged=False
     )
     rounding: Rounding | Unknown | None = used(
         "Rounding of the conversion from real values to codes. Read where a result is of this format: bounds of clips "
@@ -96,7 +98,7 @@ class Format(Table):
         recorded_values=("to_odd", "double", "double_half_to_plus_infinity", "selectable", "none"),
     )
     packing: Literal["low_first", "high_first"] | Unknown | None = recorded(
-        "Which of several codes in one byte comes first."
+        "Which of several codes in one byte comes first.", judged=False
     )
     preference_cost: Amount | Unknown | None = recorded(
         "Cost of choosing this format where another is legal as well, as a factor on time above 1 (0: native)."

@@ -226,5 +226,6 @@ def _unknown(spec: TargetSpec) -> Iterator[Remark]:
 
 
 def _recorded(spec: TargetSpec) -> Iterator[Remark]:
+    judged = set(recorded_fields(spec, judged=True))
     for path in recorded_fields(spec):
-        yield "info", path, "recorded, not used yet."
+        yield "info", path, "recorded: only `qhw check` reads it." if path in judged else "recorded, not used yet."

@@ -222,7 +222,8 @@ class Operator(Table):
     )
     weight_layout: Word | None = recorded(
         "Layout of the artefact's weight tensor, as `1HWC`; `weight_axis` counts in it. Not read: a matter of the "
-        "artefact, whose exporter knows it."
+        "artefact, whose exporter knows it.",
+        judged=False,
     )
     weight_scales: Literal["out_channels", "out_channels/groups"] | Unknown | None = used(
         "How many weight scales a grouped operator carries. A grouped transposed convolution gets out_channels/groups "

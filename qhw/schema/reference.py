@@ -7,7 +7,7 @@ from qhw.schema.arithmetic import Accumulator, Align, Bias, Pairwise, Ratio, Req
 from qhw.schema.base import Table
 from qhw.schema.formats import Format
 from qhw.schema.kernels import ExponentBound, Kernel
-from qhw.schema.marks import marks_of
+from qhw.schema.marks import judged_mark, marks_of
 from qhw.schema.messages import describe, field_type, members
 from qhw.schema.operators import Approximation, FixedOutput, LimitRange, Operator, RealRange
 from qhw.schema.scales import Palette, Scale
@@ -55,7 +55,8 @@ Written from the models by `python -m qhw.schema.reference > docs/target-referen
 - A target is a TOML file. Only `schema_version` and `name` are required. What is absent, nobody looked for; `"unknown"`
   was looked for and is not published. Neither becomes a default; `qhw target lint` says what depends on it.
 - State `used`: the planner or the integer executor reads the field. `recorded`: the field is checked and kept, and
-  nothing reads it yet; `qhw target lint` prints "recorded, not used yet" wherever a file sets it.
+  nothing is planned or computed by it; `qhw target lint` says so wherever a file sets it. `read by qhw check`:
+  quantized files are held to it all the same.
 - Ids name a role, never a value (`biases.narrow`, not `bias20`), because a file that extends this one may change the
   value.
 - `extends`: tables merge field by field, lists replace, and a source follows the leaf it stands beside. To take
@@ -80,7 +81,8 @@ def _section(title: str, model: type[Table]) -> str:
         if name == "source" and model not in (TargetSpec, Reading):
             continue
         is_recorded, values, keys = marks_of(field)
-        state = "recorded" if is_recorded else "see below" if _holds_table(field_type(field)) else "used"
+        by_check = "; read by qhw check" if judged_mark(field) else ""
+        state = f"recorded{by_check}" if is_recorded else "see below" if _holds_table(field_type(field)) else "used"
         if values or keys:
             state += "; recorded: " + ", ".join(f"`{item}`" for item in (*values, *keys))
         cells = (f"`{name}`", describe(field_type(field)), state, field.description or "")

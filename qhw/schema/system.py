@@ -20,7 +20,7 @@ class Boundary(Table):
     )
     outputs: Literal["quantized", "float"] | Unknown | None = used("Whether graph outputs, logits too, are quantized.")
     artefact_io: Literal["integer", "float"] | Unknown | None = recorded(
-        "Whether the artefact takes and gives codes or reals."
+        "Whether the artefact takes and gives codes or reals.", judged=False
     )
     input_formats: tuple[Id, ...] | Unknown | None = used(
         "Formats graph inputs may have, where other than the kernels'; what a kernel cannot read is requantized."
@@ -35,7 +35,9 @@ class Artefact(Table):
 
     exporter: Word | None = used("Name of the exporter plugin that writes the artefact.")
     executor: Word | None = used("Name of the executor plugin that runs it.")
-    file_format: Word | None = recorded("What the toolchain calls its input: `TFLite`, `ONNX QDQ`, `DLC`.")
+    file_format: Word | None = recorded(
+        "What the toolchain calls its input: `TFLite`, `ONNX QDQ`, `DLC`.", judged=False
+    )
     opset_min: Count | Unknown | None = used("Lowest ONNX opset the toolchain takes; none below is written.")
     host_cpu_flags: tuple[Word, ...] | Unknown | None = recorded(
         "CPU flags of which the host needs one for the executor to compute as this target does."
@@ -49,8 +51,9 @@ class Network(Table):
         "Most layers: operators that a kernel computes, with what is fused to them. What comes later goes to the host."
     )
     static_shapes: bool | Unknown | None = recorded(
-        "True: all sizes are fixed when the network is compiled. Not read: a captured model fixes all but the batch, "
-        "which an artefact leaves open."
+        "True: all sizes are fixed when the network is compiled. Not planned by: a captured model fixes all but the "
+        "batch, which an artefact leaves open.",
+        judged=True,
     )
     max_rank: Count | Unknown | None = used(
         "Most dimensions of any tensor, the batch included. What reads or gives one with more goes to the host."

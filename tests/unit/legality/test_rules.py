@@ -2,11 +2,14 @@
 """Rules between operators: ties, prescribed parameters, what is computed along, who runs what, what stays open."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qhw.schema.marks import judged_mark, marks_of
+from qhw.schema.reference import MODELS
 from tests.quantized_files import Grid, OnnxFile, conv_file, gemm_file, grid
 
 Broken = Callable[..., set[tuple[str, str]]]
@@ -241,6 +244,49 @@ def test_what_the_target_leaves_open_is_no_violation_and_is_counted(case: str, j
     assert report.is_legal
     assert [(one.clause, one.nodes) for one in report.unjudged] == [(clause, ("conv",))]
     assert report.summary.endswith("cannot judge: 1 clause")
+
+
+STATED = {
+    "artefact": {"file_format": "acme blob"},
+    "boundary.artefact_io": "integer",
+    "operators.Conv.weight_layout": "OHWI",
+    "operators.Gemm.weight_layout": "OI",
+    "formats.w8.packing": "low_first",
+    "formats.other": {"bits": 4, "signed": True, "packing": "low_first"},
+    "memories.data": {"holds": ["activations"], "capacity_bytes": 4096, "past_capacity": "refuse"},
+}
+
+
+def test_what_is_stated_of_files_and_not_looked_at_is_listed(judged: Any) -> None:
+    """Of operators and formats only those that the file has."""
+    report = judged(conv_file(), STATED)
+    assert {one.clause: one.value for one in report.unread} == {
+        "formats.w8.packing": "low_first",
+        "operators.Conv.weight_layout": "OHWI",
+        "boundary.artefact_io": "integer; this file takes and gives real numbers",
+        "artefact.file_format": "acme blob",
+        "memories.data.capacity_bytes": "4096, for activations",
+    }
+    assert report.is_legal
+    assert judged(conv_file(), {"artefact": {"file_format": "TFLite or ONNX QDQ"}}).unread == ()
+    assert judged(conv_file(), {"artefact": {"file_format": "any"}}).unread == ()
+    assert judged(conv_file(), {"boundary.artefact_io": "float"}).unread == ()
+
+
+def test_fields_marked_as_judged_are_those_that_the_judge_reads() -> None:
+    """By name: a mark that is not true any more, or is forgotten, is found."""
+    folder = Path(__file__).parents[3] / "qhw/legality"
+    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py") if path.name != "unread.py")
+    marked: dict[bool | None, set[str]] = {True: set(), False: set(), None: set()}
+    for _, model in MODELS:
+        for name, field in model.model_fields.items():
+            if marks_of(field)[0]:
+                marked[judged_mark(field)].add(name)
+    assert {name for name in marked[True] if f".{name}" not in source} == set()
+    assert marked[False] == {"file_format", "artefact_io", "weight_layout", "packing", "min_real_range"}
+    assert marked[True] == {
+        "static_shapes", "storage_bits", "shift_per", "zero_point_per", "zero_point_bits", "block_shape",
+    }  # fmt: skip
 
 
 def test_kernels_that_are_unknown_leave_the_operator_unjudged(judged: Any) -> None:

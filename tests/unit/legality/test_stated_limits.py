@@ -86,6 +86,16 @@ CASES: dict[str, tuple[OnnxFile, dict[str, Any], set[tuple[str, str]]]] = {
         {"biases.b.zero_point": 3},
         {("conv", "biases.b.zero_point")},
     ),
+    "zero point in its register": (
+        conv_file(x=grid(2.0**-5, 7)),
+        {"formats.a8.zero_point": "free", "formats.a8.zero_point_bits": 3},
+        set(),
+    ),
+    "zero point past its register": (
+        conv_file(x=grid(2.0**-5, 8)),
+        {"formats.a8.zero_point": "free", "formats.a8.zero_point_bits": 3},
+        {("conv", "formats.a8.zero_point_bits")},
+    ),
     "as many dimensions as there may be": (conv_file(), {"network.max_rank": 4}, set()),
     "more dimensions": (conv_file(), {"network.max_rank": 3}, {("conv", "network.max_rank")}),
     "fixed sizes": (conv_file(), {"network.static_shapes": True}, set()),

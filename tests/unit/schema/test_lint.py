@@ -226,6 +226,16 @@ def test_recorded_fields_are_those_marked_in_the_models() -> None:
     }
 
 
+def test_what_only_a_check_of_files_reads_is_said_so() -> None:
+    text = TINY + 'network.static_shapes = true\nboundary.artefact_io = "integer"\n'
+    lines = said(text)
+    assert "info: network.static_shapes: recorded: only `qhw check` reads it." in lines
+    assert "info: boundary.artefact_io: recorded, not used yet." in lines
+    spec = parse_target(text)
+    assert list(recorded_fields(spec, judged=True)) == [("network", "static_shapes")]
+    assert list(recorded_fields(spec, judged=False)) == [("boundary", "artefact_io")]
+
+
 def test_what_a_base_wrote_may_be_unused_in_a_child() -> None:
     child = 'schema_version = 1\nname = "acme/child"\nextends = "acme/tiny"\n'
     child += 'formats.w4 = { bits = 4, signed = true, zero_point = 0, per = "tensor" }\nkernels.mac.weight = ["w4"]\n'
