@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from qhw.errors import CaptureError
 from qhw.graph.inplace import remove_inplace
 from qhw.graph.kinds import ATEN_KINDS
+from qhw.graph.maxima import reduce_maxima
 from qhw.graph.operator import target_name
 from qhw.graph.switches import Switches, layer_path
 
@@ -28,6 +29,7 @@ def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.Grap
         CaptureError: an in-place operator or control flow that a plain graph cannot hold.
     """
     module = exported.module()
+    reduce_maxima(module.graph)
     aliases = _aliases(model)
     root, graph = nn.Module(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
