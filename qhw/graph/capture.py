@@ -27,6 +27,8 @@ from qhw.graph.rebuild import rebuild
 __all__ = ["capture"]
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
+_FAILS, _PASS = "fails on example_inputs", "Pass inputs of the shape and type that the model takes."
+_FREE = "Keep axis 0 free of fixed sizes in forward, as in x.flatten(1) or x.reshape(x.shape[0], -1)."
 _TOLERANCE = 1e-4  # relative to the largest output; the same kernels run, only batch norm may be called another way
 
 
@@ -53,11 +55,16 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, dynamic_batch: b
     _check_shapes_known(model, name)
     args, kwargs = as_call(example_inputs)
     kwargs = _in_signature_order(model, kwargs)
-    batch = batch_of((args, kwargs))
+    batch, given = batch_of((args, kwargs)), (args, kwargs)
     if dynamic_batch and batch == 1:
         args, kwargs, batch = double_batch(args), double_batch(kwargs), 2
     owned = _own_copy(model, name)
-    expected = _run(owned, name, args, kwargs)
+    try:
+        expected = _run(owned, name, args, kwargs)
+    except CaptureError as error:
+        _run(owned, name, *given)  # the model's own mistake, in the shapes that were given
+        said = str(error).replace(_FAILS, "takes one sample, but not two at once", 1)
+        raise CaptureError(said.replace(_PASS, _FREE)) from error
     if not _tensors(_as_plain(expected)):
         raise CaptureError(f"{name}: returns no tensor, so there is nothing to quantize. Return what it computes.")
     exported = _export(owned, name, args, kwargs, batch if dynamic_batch else None)
@@ -126,10 +133,7 @@ def _run(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, A
         with torch.no_grad():
             return model(*fresh(args), **fresh(kwargs))
     except Exception as error:
-        raise CaptureError(
-            f"{name}: fails on example_inputs: {_first_line(error)}{_place(error)}. "
-            "Pass inputs of the shape and type that the model takes."
-        ) from error
+        raise CaptureError(f"{name}: {_FAILS}: {_first_line(error)}{_place(error)}. {_PASS}") from error
 
 
 def _export(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int | None) -> Any:

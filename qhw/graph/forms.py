@@ -34,9 +34,9 @@ BUILTINS: Mapping[str, Callable[..., Any]] = MappingProxyType({function.__name__
 _EXTRA_ATEN = """
 _assert_scalar.default _assert_tensor_metadata.default _to_copy.default _weight_norm.default acos.default acosh.default
 adaptive_max_pool1d.default adaptive_max_pool2d.default add.Scalar addcdiv.default addcmul.default
-affine_grid_generator.default all.default angle.default any.default arange.default arange.start arange.start_step
-argmax.default argmin.default argsort.default argsort.stable asin.default asinh.default atan.default atan2.default
-atanh.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor
+affine_grid_generator.default all.default all.dim angle.default any.default any.dim arange.default arange.start
+arange.start_step argmax.default argmin.default argsort.default argsort.stable asin.default asinh.default atan.default
+atan2.default atanh.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor
 bucketize.Tensor cdist.default ceil.default celu.default clamp.Tensor col2im.default complex.default conj.default
 conj_physical.default copy.default cos.default cosh.default cosine_similarity.default count_nonzero.dim_IntList
 cross.default cummax.default cummin.default cumprod.default cumsum.default det.default diag_embed.default

@@ -358,6 +358,18 @@ class Decides(nn.Module):
         return x - 1.0
 
 
+def test_a_model_of_one_sample_at_a_time_is_told_so():
+    class One(nn.Module):
+        def forward(self, x):
+            return x.reshape(1, 6) * 2.0
+
+    message = r"One: takes one sample, but not two at once: .*Keep axis 0 free .*x\.flatten\(1\)"
+    with pytest.raises(CaptureError, match=message):
+        capture(One(), torch.randn(1, 2, 3))
+    with pytest.raises(CaptureError, match=r"One: fails on example_inputs: shape '\[1, 6\]' is invalid .* of size 5"):
+        capture(One(), torch.randn(1, 5))
+
+
 def test_a_decision_on_values_names_the_line_and_the_way_out(capfd):
     line = Decides.forward.__code__.co_firstlineno + 1
     with pytest.raises(CaptureError, match=rf"Decides: .*test_capture\.py:{line}: if x\.sum.*torch\.where"):
