@@ -135,6 +135,8 @@ class OnnxArtefact:
             )
         elif kind in _SHAPES_ONLY or not any(name in self._data for name in node.input):
             self._folded(node)
+        elif kind == "Cast" and node.input[0] not in self._codes and attributes_of(node).get("to") in REALS:
+            self._renamed(node)
         elif kind in INTEGER_OPERATORS:
             self._integer(node, INTEGER_OPERATORS[kind])
         else:
@@ -216,6 +218,17 @@ class OnnxArtefact:
             self._rank[out] = self._rank[source]
         if codes:
             self._codes.add(out)
+
+    def _renamed(self, node: onnx.NodeProto) -> None:
+        """Real numbers in another type of real numbers are the same value."""
+        source, out = node.input[0], node.output[0]
+        self._data.add(out)
+        self._root[out] = self._root.get(source, source)
+        self._shapes.setdefault(out, self._shapes.get(source))
+        if source in self._rank:
+            self._rank[out] = self._rank[source]
+        if source in self._grid:
+            self._grid[out] = self._grid[source]
 
     def _folded(self, node: onnx.NodeProto) -> None:
         """A node that no input decides: moved weights keep their codes, anything else is a constant nobody knows."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["Builder", "packed_int4"]
+__all__ = ["Builder", "packed"]
 
 _MOVES = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Expand", "Tile", "Split", "MaxPool",
@@ -118,11 +118,10 @@ class Builder:
         self.initializers = {name: tensor for name, tensor in self.initializers.items() if name in wanted}
 
 
-def packed_int4(codes: np.ndarray, signed: bool) -> TensorProto:
-    """Codes as an INT4 or UINT4 tensor: two per byte, the first one in the low half, as ONNX stores them."""
+def packed(codes: np.ndarray, kind: int) -> TensorProto:
+    """Codes as a tensor of 4 bits each: two per byte, the first one in the low half, as ONNX stores them."""
     nibbles = codes.reshape(-1).astype(np.int64) & 0xF
     if nibbles.size % 2:
         nibbles = np.append(nibbles, 0)
-    packed = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)
-    kind = TensorProto.INT4 if signed else TensorProto.UINT4
-    return TensorProto(data_type=kind, dims=list(codes.shape), raw_data=packed.tobytes())
+    pairs = (nibbles[0::2] | nibbles[1::2] << 4).astype(np.uint8)
+    return TensorProto(data_type=kind, dims=list(codes.shape), raw_data=pairs.tobytes())

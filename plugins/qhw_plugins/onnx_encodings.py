@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized tensors in ONNX: the integer type that holds a grid, and QuantizeLinear / DequantizeLinear nodes."""
+"""Quantized tensors in ONNX: the type that holds a grid, and QuantizeLinear / DequantizeLinear or Cast nodes."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,25 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams, quantize
-from qhw_plugins.onnx_builder import Builder, packed_int4
+from qhw.numerics import FloatElements, PerAxis, PerGroup, PerTensor, QParams, quantize
+from qhw_plugins.onnx_builder import Builder, packed
 
 __all__ = ["Storage", "dequantized", "implies", "quantized", "storage_of"]
 
 
 @dataclass(frozen=True)
 class Storage:
-    """An ONNX integer type: its bounds, its numpy type, and the opset from which Q and DQ take it."""
+    """An ONNX type of integers or of small floats, and the opset from which Q and DQ take it.
+
+    Attributes:
+        name: As in ONNX.
+        kind: Its number there.
+        numpy: Type of stored codes.
+        low: Lowest code; of a small float 0.
+        high: Highest.
+        opset: The first that has it.
+        elements: What codes stand for, of small floats.
+    """
 
     name: str
     kind: int
@@ -25,6 +35,28 @@ class Storage:
     low: int
     high: int
     opset: int
+    elements: FloatElements | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.bits == 4
+
+    @property
+    def bits(self) -> int:
+        """Width of a code."""
+        return self.elements.bits if self.elements is not None else (self.high - self.low).bit_length()
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether a tensor has this type itself, without scale: float16 or bfloat16."""
+        return self.kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+    def holds(self, elements: FloatElements) -> bool:
+        """Whether all values of a float are values of this one."""
+        own = self.elements
+        layouts = [(e.exponent_bits, e.mantissa_bits, e.bias) for e in (own, elements) if e is not None]
+        return own is not None and layouts[0] == layouts[1] and elements.finite_max <= own.finite_max
 
 
 _STORAGES = tuple(
@@ -38,20 +70,37 @@ _STORAGES = tuple(
         ("int16", TensorProto.INT16, np.int16, -32768, 32767, 21),
     )
 )
+_FLOATS = tuple(
+    Storage(name, getattr(TensorProto, name.upper()), np.uint8, 0, 2**elements.bits - 1, opset, elements)
+    for name, elements, opset in (
+        ("float4e2m1", FloatElements(2, 1, 6.0), 23),
+        ("float8e4m3fn", FloatElements(4, 3, 448.0), 19),
+        ("float8e4m3fnuz", FloatElements(4, 3, 240.0, exponent_bias=8), 19),
+        ("float8e5m2", FloatElements(5, 2, 57344.0), 19),
+        ("float8e5m2fnuz", FloatElements(5, 2, 57344.0, exponent_bias=16), 19),
+        ("float16", FloatElements(5, 10, 65504.0), 13),
+        ("bfloat16", FloatElements(8, 7, 255 * 2.0**120), 13),
+    )
+)
 _INT32 = Storage("int32", TensorProto.INT32, np.int32, -(2**31), 2**31 - 1, 13)
 
 
 def storage_of(qparams: QParams, *, activation: bool, int4: bool = True) -> Storage | None:
     """The smallest ONNX type that holds a grid, or None where there is none.
 
-    Parameters only: the 4-bit types, because onnxruntime 1.32 fuses a QLinearConv over uint4 activations and then
-    refuses its own graph; int32 with zero point 0, because ONNX dequantizes it but quantizes nothing to it.
+    Float16 and bfloat16 are types of tensors, which have no scale. Parameters only: the 4-bit integers, because
+    onnxruntime 1.32 fuses a QLinearConv over uint4 activations and then refuses its own graph; int32 with zero point 0,
+    because ONNX dequantizes it but quantizes nothing to it.
 
     Args:
         qparams: The grid.
         activation: Whether the tensor is quantized at run time.
         int4: False stores 4-bit codes of parameters in 8-bit types, too.
     """
+    if qparams.elements is not None:
+        elements, has_scale = qparams.elements, bool((qparams.scale != 1).any())
+        floats = (one for one in _FLOATS if isinstance(elements, FloatElements) and one.holds(elements))
+        return next((one for one in floats if not (one.is_cast and has_scale)), None)
     for storage in _STORAGES:
         fits = storage.low <= qparams.quant_min and qparams.quant_max <= storage.high
         if fits and ("int4" not in storage.name or (int4 and not activation)):
@@ -65,17 +114,23 @@ def implies(qparams: QParams, low: float | None, high: float | None) -> bool:
 
     Quantizing is monotone, so it is enough that each bound lands on the end of the grid: all beyond it does, too.
     """
-    ends = []
+    elements = qparams.elements
     for bound, end in ((low, qparams.quant_min), (high, qparams.quant_max)):
-        if bound is not None and np.isfinite(bound):
-            ends.append(int(quantize(torch.tensor(bound, dtype=torch.float32), qparams)) == end)
-    return all(ends)
+        if bound is None or not np.isfinite(bound):
+            continue
+        real = torch.tensor(bound, dtype=torch.float32)
+        if elements is None and int(quantize(real, qparams)) != end:
+            return False
+        last = None if elements is None else elements.lowest if bound is low else elements.highest
+        if elements is not None and float(elements.round_to(real / qparams.scale)) != last:
+            return False
+    return True
 
 
 def quantized(
     b: Builder, x: str, qparams: QParams, storage: Storage, group: str, name: str, *, saturated: bool = False
 ) -> str:
-    """QuantizeLinear -> DequantizeLinear on an activation.
+    """QuantizeLinear -> DequantizeLinear on an activation; a Cast there and back for float16 and bfloat16.
 
     Where the type holds more codes than the grid, a Clip keeps the values on the grid: its bounds are reals of
     codes, and fl(fl(scale * n) / scale) rounds back to n, so the end codes are met exactly. A Clip also stands between
@@ -94,11 +149,17 @@ def quantized(
     Returns:
         str: float32 tensor on the grid.
     """
-    parameters = _parameters(b, qparams, storage, group)
     low, high = _bounds(qparams)
+    if storage.is_cast:
+        if storage.kind == TensorProto.FLOAT16:  # a Cast gives infinity past it, and what simulates it saturates
+            bounds = [b.constant(bound, np.float32) for bound in (low, high)]
+            x = x if saturated else b.op("Clip", [x, *bounds], f"{name}/clip")
+        narrow = b.op("Cast", [x], f"{name}/{storage.name}", to=storage.kind)
+        return b.op("Cast", [narrow], name, to=TensorProto.FLOAT)
+    parameters = _parameters(b, qparams, storage, group)
     again = _follows_another_pair(b, x, parameters)
-    cut_low = again or (qparams.quant_min > storage.low and not saturated)
-    cut_high = again or (qparams.quant_max < storage.high and not saturated)
+    ends = _unused_ends(qparams, storage)
+    cut_low, cut_high = (again or (is_unused and not saturated) for is_unused in ends)
     if cut_low or cut_high:
         bounds = [b.constant(low, np.float32) if cut_low else "", b.constant(high, np.float32) if cut_high else ""]
         x = b.op("Clip", [x, *bounds], f"{name}/clip")
@@ -127,7 +188,7 @@ def _follows_another_pair(b: Builder, x: str, parameters: list[str]) -> bool:
 
 
 def dequantized(b: Builder, codes: Tensor, qparams: QParams, storage: Storage, group: str, name: str) -> str:
-    """An integer initializer and its DequantizeLinear; the same codes and scale are stored once per group.
+    """An initializer of codes and its DequantizeLinear; the same codes and scale are stored once per group.
 
     Args:
         b: The graph.
@@ -147,14 +208,24 @@ def dequantized(b: Builder, codes: Tensor, qparams: QParams, storage: Storage, g
     stored = f"{group}/codes"
     if stored not in b.initializers:
         array = np.ascontiguousarray(codes.cpu().numpy())
-        packed = "int4" in storage.name
-        b.initializer(packed_int4(array, storage.low < 0) if packed else array.astype(storage.numpy), stored)
+        b.initializer(_stored(array, storage), stored)
     parameters = _parameters(b, qparams, storage, group)
     return b.op("DequantizeLinear", [stored, *parameters], name, **attributes)
 
 
+def _unused_ends(qparams: QParams, storage: Storage) -> tuple[bool, bool]:
+    """Whether a type has values below and above those of a grid."""
+    if qparams.elements is not None and storage.elements is not None:
+        is_unused = qparams.elements.highest < storage.elements.highest
+        return is_unused, is_unused
+    return qparams.quant_min > storage.low, qparams.quant_max < storage.high
+
+
 def _bounds(qparams: QParams) -> tuple[float, float]:
     scale, zero_point = qparams.scale.numpy(), int(qparams.zero_point)
+    if qparams.elements is not None:
+        elements = qparams.elements
+        return float(np.float32(elements.lowest) * scale), float(np.float32(elements.highest) * scale)
     return (
         float(np.float32(qparams.quant_min - zero_point) * scale),
         float(np.float32(qparams.quant_max - zero_point) * scale),
@@ -169,12 +240,18 @@ def _parameters(b: Builder, qparams: QParams, storage: Storage, group: str) -> l
     if storage is _INT32:
         return [scale]
     if zero_point not in b.initializers:
-        array = qparams.zero_point.cpu().numpy()
-        packed = "int4" in storage.name
-        narrow = packed_int4(array, storage.low < 0) if packed else None
-        tensor: np.ndarray | TensorProto = np.asarray(array.astype(storage.numpy)) if narrow is None else narrow
-        b.initializer(tensor, zero_point)
+        b.initializer(_stored(qparams.zero_point.cpu().numpy(), storage), zero_point)
     return [scale, zero_point]
+
+
+def _stored(codes: np.ndarray, storage: Storage) -> np.ndarray | TensorProto:
+    """Codes in their type; integers of whole bytes as they are, small floats as the patterns that they are."""
+    if storage.is_packed:
+        return packed(codes, storage.kind)
+    plain: np.ndarray = np.asarray(codes.astype(storage.numpy))
+    if storage.elements is None:
+        return plain
+    return TensorProto(data_type=storage.kind, dims=list(plain.shape), raw_data=plain.tobytes())
 
 
 def size_in_bytes(tensors: list[onnx.TensorProto]) -> int:

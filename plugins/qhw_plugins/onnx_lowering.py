@@ -179,6 +179,9 @@ class Lowering:
             storage = storage_of(qparams, activation=False, int4=self._int4)
             if storage is None:
                 raise _no_type(group, qparams)
+            if storage.is_cast:
+                c.known[node] = module(c.known[source])
+                return
             codes = quantize(c.known[source], qparams, name=group)
             c.set(node, dequantized(self.builder, codes, qparams, storage, group, f"{group}/dequantized"))
             return
@@ -210,6 +213,8 @@ class Lowering:
         source, weight = node.args[position : position + 2]
         quantizer = self._fake_quantizer(weight)
         storage = None if quantizer is None else storage_of(quantizer.qparams, activation=False, int4=self._int4)
+        if storage is not None and storage.elements is not None:
+            return {}
         bias = node.args[0] if position else argument(node, 2, "bias")
         float_bias = bias in self._context.known and bias not in self._context.replaced
         if storage is not None and storage.name != "int32" and not float_bias:
@@ -227,6 +232,8 @@ class Lowering:
         weight = self._fake_quantizer(node.args[1]) if bias is not None else None
         source = self._fake_quantizer(_before_views(node.args[0])) if bias is not None else None
         if weight is None or source is None or bias not in self._context.known:
+            return {}
+        if weight.qparams.elements is not None or source.qparams.elements is not None:  # sums of floats take a float
             return {}
         where = self._context.name
         scale = _bias_scale(node, name, source.scale, weight)
@@ -246,8 +253,8 @@ class Lowering:
 
 
 def _no_type(where: str, qparams: QParams) -> ExportError:
-    codes = f"[{qparams.quant_min}, {qparams.quant_max}]"
-    return ExportError(f"exporter 'onnx_qdq': {where}: no ONNX type holds codes {codes}. Use 16 bits or fewer.")
+    held = f"codes [{qparams.quant_min}, {qparams.quant_max}]" if qparams.elements is None else qparams.elements.words
+    return ExportError(f"exporter 'onnx_qdq': {where}: no ONNX type holds {held}. Use 16 bits or fewer.")
 
 
 def _bias_scale(node: fx.Node, name: str, input_scale: Tensor, weight: FakeQuantizer) -> Tensor | None:

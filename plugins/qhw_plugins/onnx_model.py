@@ -18,7 +18,7 @@ from qhw_plugins.onnx_lowering import Lowering
 __all__ = ["HIGHEST_OPSET", "LOWEST_OPSET", "build"]
 
 LOWEST_OPSET = 13  # the first with DequantizeLinear per axis
-HIGHEST_OPSET = 21  # the first with 4 and 16 bits and blocks
+HIGHEST_OPSET = 23  # the first with 4-bit floats
 
 Varying = Mapping[fx.Node, tuple[bool, ...]]
 

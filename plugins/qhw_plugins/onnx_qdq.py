@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exporter `onnx_qdq`: ONNX with QuantizeLinear and DequantizeLinear, integer weights and int32 biases."""
+"""Exporter `onnx_qdq`: ONNX with QuantizeLinear and DequantizeLinear, weights as codes and int32 biases."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,8 @@ class OnnxQdqOptions(AlgorithmOptions):
         None,
         ge=LOWEST_OPSET,
         le=HIGHEST_OPSET,
-        description="ONNX opset; absent: the lowest that holds the model (13; 21 for 4 or 16 bits and groups).",
+        description="ONNX opset; absent: the lowest that holds the model (13; 19 for 8-bit floats; 21 for 4 or "
+        "16 bits and groups; 23 for 4-bit floats).",
     )
     batch: Literal["dynamic"] | int = Field("dynamic", description='Batch size of the artefact, or "dynamic".')
     int4: bool = Field(True, description="Store 4-bit weights in the 4-bit types of opset 21; False: in 8-bit types.")
@@ -34,11 +35,11 @@ class OnnxQdqOptions(AlgorithmOptions):
 class OnnxQdq(Exporter):
     """Writes `model.onnx`.
 
-    Every quantized tensor is a QuantizeLinear -> DequantizeLinear pair, weights are integer initializers behind a
-    DequantizeLinear, biases int32 at input scale * weight scale, also where the target does not say how they are
-    held. A ReLU or clip that saturation does anyway is left out, so that runtimes fuse the operator before it. Inputs
-    keep their names, outputs are named as in the model, and the batch stays dynamic. What had to be decided stands in
-    the file's metadata, under `qhw.decided`.
+    Every quantized tensor is a QuantizeLinear -> DequantizeLinear pair, weights are codes behind a DequantizeLinear,
+    biases int32 at input scale * weight scale, also where the target does not say how they are held; beside small
+    floats they stay float32. Float16 and bfloat16 become a Cast there and back. A ReLU or clip that saturation does
+    anyway is left out, so that runtimes fuse the operator before it. Inputs keep their names, outputs are named as in
+    the model, and the batch stays dynamic. What had to be decided stands in the file's metadata, under `qhw.decided`.
     """
 
     name = "onnx_qdq"
@@ -62,13 +63,14 @@ class OnnxQdq(Exporter):
                 problems[f"{point.group}: its quantizer is switched off; call set_enabled(True) first"] = None
             if quantizer.rounding != "half_even":
                 problems[f"{point.group}: rounds {quantizer.rounding}; QuantizeLinear rounds half_even"] = None
-            if qparams.elements is not None:
-                what = f"formats.{point.format} holds {qparams.elements.words}, and this form holds integers"
-                problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
-            elif point.is_dynamic:
+            storage = storage_of(qparams, activation=activation)
+            if point.is_dynamic:
                 what = f"formats.{point.format}.scale.dynamic: this form cannot say that scales are computed live"
                 problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
-            elif storage_of(qparams, activation=activation) is None:
+            elif qparams.elements is not None and storage is None:
+                what = f"formats.{point.format} holds {qparams.elements.words}, and this form has no type for them"
+                problems[f"{what}; choose another --format, or save without artefact (artefact=False)"] = None
+            elif storage is None:
                 limit = "16 bits" if activation else "16 bits, or 32 with zero point 0,"
                 problems[f"{point.group}: {qparams.bits} bits have no ONNX type; use {limit} or fewer"] = None
             elif activation and not isinstance(qparams.granularity, PerTensor):

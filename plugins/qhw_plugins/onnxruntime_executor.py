@@ -118,12 +118,32 @@ def _session(model: str | bytes, where: str, optimized: Path | None = None) -> A
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if _quantizes_to_floats(model):
+        # onnxruntime 1.32 takes a Relu before such a QuantizeLinear for one that saturation does (ReluQuantFusion), and
+        # refuses a Clip there (ClipQuantFusion): both know zero points of integers alone.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
         raise ExportError(f"{where}: onnxruntime refuses it: {_first_line(error)}") from error
+
+
+def _quantizes_to_floats(model: str | bytes) -> bool:
+    """Whether a zero point, and with it the type of codes, is a small float."""
+    import onnx
+
+    try:
+        graph = (
+            onnx.load(model, load_external_data=False) if isinstance(model, str) else onnx.ModelProto.FromString(model)
+        ).graph
+    except Exception:  # no model: onnxruntime says so in its own words
+        return False
+    zeros = {node.input[2] for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    names = onnx.TensorProto.DataType.items()
+    floats = {number for name, number in names if name.startswith(("FLOAT8", "FLOAT6", "FLOAT4"))}
+    return any(tensor.name in zeros and tensor.data_type in floats for tensor in graph.initializer)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qhw.numerics import PerAxis, PerGroup, PerTensor, QParams
-from qhw_plugins.onnx_builder import Builder, packed_int4
+from qhw_plugins.onnx_builder import Builder, packed
 from qhw_plugins.onnx_encodings import dequantized, implies, int32_bias, quantized, storage_of
 
 
@@ -57,14 +57,14 @@ def test_int32_needs_zero_point_0() -> None:
 
 @pytest.mark.parametrize("codes", [[-8, 7, 0, -1], [3, -3, 5], [7]], ids=["even", "odd", "one"])
 def test_int4_is_packed_as_onnx_unpacks_it(codes: list[int]) -> None:
-    tensor = packed_int4(np.array(codes, dtype=np.int8), signed=True)
+    tensor = packed(np.array(codes, dtype=np.int8), TensorProto.INT4)
     assert numpy_helper.to_array(tensor).astype(np.int64).tolist() == codes
     assert len(tensor.raw_data) == (len(codes) + 1) // 2
 
 
 def test_the_first_code_is_in_the_low_half() -> None:
     # 1 | 15 << 4 = 0xF1; 2 alone = 0x02
-    assert packed_int4(np.array([1, 15, 2], dtype=np.uint8), signed=False).raw_data == bytes([0xF1, 0x02])
+    assert packed(np.array([1, 15, 2], dtype=np.uint8), TensorProto.UINT4).raw_data == bytes([0xF1, 0x02])
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,21 @@ def test_kinds_and_facts(build: Any, expected: tuple[str, dict[str, Any]], read:
     assert {key: operator.attributes.get(key) for key in expected[1]} == expected[1]
 
 
+def test_real_numbers_in_another_type_are_the_same_value(read: Read) -> None:
+    """As models of float16 have them around what computes in float32; a Cast to integers is an operator."""
+    f = OnnxFile()
+    half = f.op("Cast", [f.given("x", [1, 4], TensorProto.FLOAT16)], "wide", to=TensorProto.FLOAT)
+    y = f.op("Relu", [f.pair(half, grid(0.5))], "relu")
+    f.gives(f.pair(f.op("Cast", [y], "narrow", to=TensorProto.FLOAT16), grid(0.25)))
+    (relu,) = read(f).operators
+    assert (relu.inputs[0].tensor, relu.output.tensor) == ("x", "relu")
+    assert relu.inputs[0].encoding is not None and relu.output.encoding is not None
+    assert (float(relu.inputs[0].encoding.scale), float(relu.output.encoding.scale)) == (0.5, 0.25)
+    counted = OnnxFile()
+    counted.gives(counted.op("Cast", [counted.pair(counted.given("x", [1]), grid(0.5))], "count", to=TensorProto.INT64))
+    assert [one.type for one in read(counted).operators] == ["Cast"]
+
+
 def test_a_mean_of_a_scalar_has_no_axes(read: Read) -> None:
     f = OnnxFile()
     f.gives(f.op("ReduceMean", [f.pair(f.given("x", []), grid(0.5)), f.stored("axes", [0], "int64")], "y"))
