@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runner's working copy: the graph and the qparams that algorithms may change, and nothing else."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -25,12 +26,15 @@ from qhw.numerics import (
     QParams,
     fake_quantize,
     legal_scale,
+    qparams_from_range,
 )
 from qhw.schema import TargetSpec
 
 __all__ = ["Context", "Statistic", "Work"]
 
+
 S = TypeVar("S", bound=Statistic)
+_log = logging.getLogger("qhw")
 
 
 class Context:
@@ -186,7 +190,8 @@ class Work:
     def bounded(self, group: str, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """A range cut to the real bounds that the graph and the target state for the group's tensors.
 
-        A group of several tensors is cut to what any of them can reach.
+        A group of several tensors is cut to what any of them can reach. A range that no scale of the format holds is
+        named in the log: it will be clipped.
         """
         minima = [point.minimum for point in self.group(group)]
         maxima = [point.maximum for point in self.group(group)]
@@ -195,7 +200,20 @@ class Work:
             low, high = low.clamp(min=min(known_minima)), high.clamp(min=min(known_minima))
         if len(known_maxima) == len(maxima):
             low, high = low.clamp(max=max(known_maxima)), high.clamp(max=max(known_maxima))
+        self._tell_clipped(group, low.min(), high.max())
         return low, high
+
+    def _tell_clipped(self, group: str, low: Tensor, high: Tensor) -> None:
+        grid = self.grid(group)
+        widest = qparams_from_range(low, high, grid, name=group)
+        scale = float(widest.scale)
+        least, most = (end * scale for end in grid.ends(int(widest.zero_point)))
+        if low < least - scale or high > most + scale:  # more than rounding to the last code takes
+            _log.warning(
+                "%s: its values reach from %g to %g, and formats.%s holds [%g, %g]: the rest is clipped. Scale the "
+                "model's data into that, or give it another format (--format).",
+                group, low, high, self.group(group)[0].format, least, most,
+            )  # fmt: skip
 
     def set_qparams(self, group: str, qparams: QParams) -> None:
         """Fix the scale and zero point of a group.
