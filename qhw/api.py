@@ -278,8 +278,9 @@ def export(
 
 
 def _problems(chosen: Exporter, result: QuantizedModel, registry: Registry) -> tuple[str, ...]:
-    with blaming(registry.exporters[chosen.name].record, f"exporter '{chosen.name}': check"):
-        return chosen.check(result)
+    record, doing = registry.exporters[chosen.name].record, f"exporter '{chosen.name}': check"
+    with blaming(record, doing):
+        return must_be(chosen.check(result), tuple, record, doing)
 
 
 def _written(chosen: Exporter, result: QuantizedModel, place: Path, registry: Registry) -> tuple[Path, ...]:

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 from qhw.api import load_target
+from qhw.engine import blaming, must_be
 from qhw.errors import ArtefactError, PluginError, QhwError
 from qhw.extension import ArtefactReader, Entry, Registry, default_registry
-from qhw.legality import CheckReport, judge
+from qhw.legality import Artefact, CheckReport, judge
 from qhw.schema import TargetSpec
 
 __all__ = ["check"]
@@ -54,6 +55,7 @@ def check(
             f"{place}: reader '{entry.name}' cannot make sense of it: {type(error).__name__}: {text}. "
             "Export the file again, or report it."
         ) from error
+    artefact = must_be(artefact, Artefact, entry.record, f"reader '{entry.name}': read")
     return judge(artefact, spec, str(place), host_allowed=host_allowed)
 
 
@@ -71,7 +73,8 @@ def _reader_of(path: Path, registry: Registry) -> Entry[type[ArtefactReader]]:
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}. Check the path.") from error
     for entry in registry.readers.values():
-        if entry.value().recognizes(path, head):
-            return entry
+        with blaming(entry.record, f"reader '{entry.name}': recognizes"):
+            if entry.value().recognizes(path, head):
+                return entry
     known = " ".join(entry.value.summary for entry in registry.readers.values())
     raise ArtefactError(f"{path}: is of no form that can be read. Readers: {known}")

@@ -5,23 +5,16 @@ What may be edited: formats of points, and steps. Everything else follows from t
 derived anew; a plan that says otherwise is refused with the field.
 """
 
-from collections.abc import Mapping
-
 from qhw.decisions import STAGES, QuantPlan, Step
 from qhw.engine.options import options_for
 from qhw.engine.select import changed, target_fingerprint
+from qhw.engine.site_names import stray_site
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Registry
 from qhw.graph import Graph, Placement, QuantPoint, place
 from qhw.schema import TargetSpec, closest
 
 __all__ = ["check_plan"]
-
-_ROLES: Mapping[str, tuple[str, ...]] = {
-    "weight_range": ("weight",),
-    "round": ("weight",),
-    "activation_range": ("activation", "input", "edge"),
-}
 
 
 def check_plan(plan: QuantPlan, graph: Graph, target: TargetSpec, registry: Registry) -> QuantPlan:
@@ -144,20 +137,8 @@ def _edited_format(point: QuantPoint, known: QuantPoint, target: TargetSpec) -> 
 
 def _check_sites(plan: QuantPlan, graph: Graph) -> None:
     """Each step acts on things that exist, of the kind that its stage is for."""
-    groups: dict[str, set[str]] = {}
-    for point in plan.points:
-        groups.setdefault(point.group, set()).add(point.role)
     operators = {operator.name for operator in graph.operators}
     for index, step in enumerate(plan.steps):
-        roles = _ROLES.get(step.stage)
-        for site in step.sites:
-            fits = (
-                site in operators or site in groups if roles is None else not groups.get(site, set()).isdisjoint(roles)
-            )
-            if not fits:
-                kind = "group of points or operator" if roles is None else f"group of {roles[0]} points"
-                hint = closest(site, groups)
-                raise PlanError(
-                    f"plan: steps.{index}.sites: no {kind} is called '{site}'.{f' Closest: {hint}.' if hint else ''} "
-                    "Take it out, or plan again."
-                )
+        stray = stray_site(step.stage, step.sites, plan.points, operators)
+        if stray is not None:
+            raise PlanError(f"plan: steps.{index}.sites: {stray} Take it out, or plan again.")

@@ -26,6 +26,7 @@ from qhw.engine.blame import blaming, must_be
 from qhw.engine.notes import open_facts
 from qhw.engine.number_formats import check_number_formats, check_static_biases
 from qhw.engine.options import options_for
+from qhw.engine.site_names import stray_site
 from qhw.errors import PlanError, PluginError
 from qhw.extension import Algorithm, Registry
 from qhw.extension.registry import Entry
@@ -358,6 +359,10 @@ def _survey(candidate: _Candidate, prepared: _Prepared | _Settled, target: Targe
     strange = [n for site in survey.taken for n in (*site.absorbs, *site.becomes) if n not in operators]
     if strange:
         raise entry.record.author_error(f"{doing} changes '{strange[0]}', which is no operator of the graph.")
+    sites = [site.name for site in survey.taken]
+    stray = stray_site(entry.value.stage, sites, prepared.placement.points, operators)
+    if stray is not None:
+        raise entry.record.author_error(f"{doing} names a site of its own: {stray}")
     return survey
 
 

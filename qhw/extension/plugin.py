@@ -126,7 +126,7 @@ def _info(record: PluginRecord, manager: pluggy.PluginManager) -> PluginInfo:
     if info.api != API_VERSION:
         raise record.author_error(
             f"it was written for plugin API {info.api}; this qhw speaks {API_VERSION}. "
-            f"Install a version of {record.distribution} that fits."
+            "Install a version that fits."
         )
     return info
 

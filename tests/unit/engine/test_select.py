@@ -206,8 +206,13 @@ def test_an_algorithm_that_raises_in_survey_is_named(
             ),
             r"algorithm 'broken': survey changes 'nowhere', which is no operator of the graph\.",
         ),
+        (
+            Survey(verdict=Verdict(taken=True), sites=(Site(name="cone1", verdict=Verdict(taken=True)),)),
+            r"algorithm 'broken': survey names a site of its own: no group of points or operator is called 'cone1'\. "
+            r"Closest: conv1\.",
+        ),
     ],
-    ids=["no-survey", "absorbs-nothing"],
+    ids=["no-survey", "absorbs-nothing", "site-of-no-name"],
 )
 def test_an_algorithm_that_answers_nonsense_is_named(
     graph: Graph,
@@ -219,6 +224,15 @@ def test_an_algorithm_that_answers_nonsense_is_named(
 ) -> None:
     broken = algorithm("broken", "prepare", "weight", lambda self, graph, points, target, resources: answer)
     with pytest.raises(PluginError, match=message):
+        select(graph, target, load(("s", plugin((broken,)))), DATA, Overrides(prefer=("broken",)))
+
+
+def test_an_algorithm_of_weights_that_names_operators_is_told_what_they_are_called(
+    graph: Graph, target: TargetSpec, load: Callable[..., Registry], plugin: Callable[..., Any]
+) -> None:
+    answer = Survey(verdict=Verdict(taken=True), sites=(Site(name="conv1", verdict=Verdict(taken=True)),))
+    broken = algorithm("broken", "round", "weight", lambda self, graph, points, target, resources: answer)
+    with pytest.raises(PluginError, match=r"no group of weight points is called 'conv1'\. Closest: conv1\.weight\."):
         select(graph, target, load(("s", plugin((broken,)))), DATA, Overrides(prefer=("broken",)))
 
 

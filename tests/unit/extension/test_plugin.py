@@ -138,7 +138,7 @@ def test_a_foreign_api_is_refused_before_its_hooks_are_judged() -> None:
         def qhw_plan_ready(self, plan: object, target: object, budget: object) -> None: ...
 
     assert refusal(Future()) == mistake(
-        "it was written for plugin API 2; this qhw speaks 1. Install a version of acme-qhw that fits."
+        "it was written for plugin API 2; this qhw speaks 1. Install a version that fits."
     )
 
 

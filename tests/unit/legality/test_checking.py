@@ -9,6 +9,7 @@ import pytest
 
 from qhw.checking import check
 from qhw.errors import ArtefactError, PluginError
+from qhw.extension import Entry, PluginRecord
 from tests.unit.legality.conftest import changed
 
 
@@ -26,7 +27,9 @@ class Failing:
 
 def refusal(path: Path, **readers: type[Failing]) -> str:
     registry: Any = SimpleNamespace(
-        readers={name: SimpleNamespace(name=name, value=reader) for name, reader in readers.items()}
+        readers={
+            name: Entry(name, reader, PluginRecord(name, f"{name}-dist", "1.0")) for name, reader in readers.items()
+        }
     )
     with pytest.raises((ArtefactError, PluginError)) as caught:
         check(path, changed({}), registry=registry)
@@ -40,6 +43,22 @@ def test_a_reader_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     assert refusal(path, acme=Failing).startswith(
         f"{path}: reader 'acme' cannot make sense of it: KeyError: 'no\\nsuch table'. Export the file again"
     )
+
+
+def test_a_reader_that_answers_nonsense_or_fails_at_the_first_bytes_is_named(tmp_path: Path) -> None:
+    class Silent(Failing):
+        def read(self, path: Path, model: Path | None) -> Any:
+            return None
+
+    class Blind(Failing):
+        def recognizes(self, path: Path, head: bytes) -> bool:
+            raise IndexError("no byte")
+
+    path = tmp_path / "model.acme"
+    path.write_bytes(b"ACME")
+    author = "plugin 'acme' (acme-dist 1.0): plugin author: reader 'acme': "
+    assert refusal(path, acme=Silent).startswith(f"{author}read must return Artefact; got NoneType.")
+    assert refusal(path, acme=Blind).startswith(f"{author}recognizes raised IndexError: no byte. Repair it;")
 
 
 def test_files_that_no_reader_is_asked_for(tmp_path: Path) -> None:
