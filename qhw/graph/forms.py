@@ -32,42 +32,46 @@ BUILTINS: Mapping[str, Callable[..., Any]] = MappingProxyType({function.__name__
 """Python operators that shape arithmetic uses."""
 
 _EXTRA_ATEN = """
-_assert_scalar.default _assert_tensor_metadata.default _to_copy.default _weight_norm.default acos.default acosh.default
-adaptive_max_pool1d.default adaptive_max_pool2d.default add.Scalar addcdiv.default addcmul.default
-affine_grid_generator.default all.default all.dim angle.default any.default any.dim arange.default arange.start
-arange.start_step argmax.default argmin.default argsort.default argsort.stable asin.default asinh.default atan.default
-atan2.default atanh.default baddbmm.default batch_norm.default bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor
-bucketize.Tensor cdist.default ceil.default celu.default clamp.Tensor col2im.default complex.default conj.default
-conj_physical.default copy.default cos.default cosh.default cosine_similarity.default count_nonzero.dim_IntList
-cross.default cummax.default cummin.default cumprod.default cumsum.default det.default diag_embed.default
-diagonal.default diff.default dist.default div.Scalar div.Tensor_mode dot.default einsum.default empty.memory_format
-eq.Scalar eq.Tensor erf.default erfc.default exp2.default expm1.default eye.default fft_fft.default fft_fft2.default
-fft_fftn.default fft_fftshift.default fft_ifft.default fft_ifft2.default fft_ifftn.default fft_ifftshift.default
-fft_irfft.default fft_irfft2.default fft_irfftn.default fft_rfft.default fft_rfft2.default fft_rfftn.default fill.Scalar
-fill.Tensor flip.default floor.default floor_divide.default fmax.default fmin.default fmod.Scalar fmod.Tensor
-frac.default full.default full_like.default ge.Scalar ge.Tensor glu.default grid_sampler.default grid_sampler_2d.default
+_assert_scalar.default _assert_tensor_metadata.default _to_copy.default _upsample_bilinear2d_aa.vec
+_upsample_nearest_exact2d.vec _weight_norm.default acos.default acosh.default adaptive_max_pool1d.default
+adaptive_max_pool2d.default adaptive_max_pool3d.default add.Scalar addcdiv.default addcmul.default
+affine_grid_generator.default all.default all.dim all.dims aminmax.default angle.default any.default any.dim any.dims
+arange.default arange.start arange.start_step argmax.default argmin.default argsort.default argsort.stable asin.default
+asinh.default atan.default atan2.default atanh.default baddbmm.default batch_norm.default bilinear.default
+bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor bitwise_xor.Tensor bucketize.Tensor cdist.default ceil.default
+celu.default clamp.Tensor col2im.default complex.default conj.default conj_physical.default copy.default cos.default
+cosh.default cosine_similarity.default count_nonzero.dim_IntList cross.default cummax.default cummin.default
+cumprod.default cumsum.default det.default diag_embed.default diagonal.default diff.default dist.default div.Scalar
+div.Tensor_mode dot.default dstack.default einsum.default empty.memory_format eq.Scalar eq.Tensor erf.default
+erfc.default exp2.default expm1.default eye.default fft_fft.default fft_fft2.default fft_fftn.default
+fft_fftshift.default fft_ifft.default fft_ifft2.default fft_ifftn.default fft_ifftshift.default fft_irfft.default
+fft_irfft2.default fft_irfftn.default fft_rfft.default fft_rfft2.default fft_rfftn.default fill.Scalar fill.Tensor
+flip.default floor.default floor_divide.default fmax.default fmin.default fmod.Scalar fmod.Tensor frac.default
+full.default full_like.default ge.Scalar ge.Tensor glu.default grid_sampler.default grid_sampler_2d.default
 grid_sampler_3d.default gru.input gru_cell.default gt.Scalar gt.Tensor hamming_window.default hann_window.default
-hardshrink.default hypot.default im2col.default imag.default index.Tensor index_add.default index_copy.default
-index_fill.int_Scalar index_put.default inverse.default isfinite.default isinf.default isnan.default istft.default
-kron.default le.Scalar le.Tensor lerp.Scalar lerp.Tensor lift_fresh_copy.default linalg_cross.default linalg_det.default
-linalg_inv.default linalg_matrix_norm.default linalg_norm.default linalg_solve.default linalg_vector_norm.default
-linspace.default log10.default log1p.default log2.default log_sigmoid.default logaddexp.default logaddexp2.default
-logical_and.default logical_not.default logical_or.default logical_xor.default logit.default logsumexp.default
-lstm.input lstm_cell.default lt.Scalar lt.Tensor mH.default mT.default masked_fill.Scalar masked_fill.Tensor
-masked_scatter.default matrix_exp.default max.default max.dim median.default median.dim meshgrid.default
-meshgrid.indexing min.default min.dim mode.default mul.Scalar mv.default nan_to_num.default nansum.default
-native_group_norm.default ne.Scalar ne.Tensor new_full.default new_ones.default new_zeros.default norm.Scalar
-norm.ScalarOpt_dim one_hot.default ones.default ones_like.default outer.default pairwise_distance.default polar.default
-pow.Scalar pow.Tensor_Tensor prod.default prod.dim_int real.default reciprocal.default remainder.Scalar remainder.Tensor
-repeat_interleave.self_int rms_norm.default rnn_relu.input rnn_relu_cell.default rnn_tanh.input rnn_tanh_cell.default
-roll.default rot90.default round.default rsub.Scalar scalar_tensor.default scatter.src scatter_add.default
-scatter_reduce.two searchsorted.Tensor selu.default sgn.default sign.default sin.default sinc.default sinh.default
-softshrink.default sort.default square.default std.correction std.default std.dim std_mean.dim stft.center stft.default
-sub.Scalar sum.default sym_size.int take.default take_along_dim.default tan.default tensordot.default threshold.default
-to.device to.dtype to.dtype_layout topk.default trace.default tril.default triu.default trunc.default type_as.default
-unfold.default upsample_bicubic2d.vec upsample_nearest1d.vec upsample_nearest3d.vec var.correction var.default var.dim
-var_mean.correction var_mean.dim vdot.default view_as_complex.default view_as_real.default where.ScalarOther
-where.ScalarSelf where.self xlogy.Tensor zero.default zeros.default zeros_like.default
+hardshrink.default hsplit.int hstack.default hypot.default im2col.default imag.default index.Tensor index_add.default
+index_copy.default index_fill.int_Scalar index_put.default inverse.default isclose.default isfinite.default
+isinf.default isnan.default istft.default kron.default kthvalue.default le.Scalar le.Tensor lerp.Scalar lerp.Tensor
+lift_fresh_copy.default linalg_cross.default linalg_det.default linalg_inv.default linalg_matrix_norm.default
+linalg_norm.default linalg_solve.default linalg_vector_norm.default linspace.default log10.default log1p.default
+log2.default log_sigmoid.default logaddexp.default logaddexp2.default logical_and.default logical_not.default
+logical_or.default logical_xor.default logit.default logsumexp.default lstm.input lstm_cell.default lt.Scalar lt.Tensor
+mH.default masked_fill.Scalar masked_fill.Tensor masked_scatter.default matrix_exp.default max.default max.dim
+max_pool2d_with_indices.default max_unpool2d.default median.default median.dim meshgrid.default meshgrid.indexing
+min.default min.dim mode.default mul.Scalar mv.default nan_to_num.default nansum.default native_group_norm.default
+ne.Scalar ne.Tensor new_full.default new_ones.default new_zeros.default norm.Scalar norm.ScalarOpt_dim one_hot.default
+ones.default ones_like.default outer.default pairwise_distance.default polar.default pow.Scalar pow.Tensor_Tensor
+prod.default prod.dim_int real.default reciprocal.default remainder.Scalar remainder.Tensor repeat_interleave.self_int
+rms_norm.default rnn_relu.input rnn_relu_cell.default rnn_tanh.input rnn_tanh_cell.default roll.default rot90.default
+round.default row_stack.default rrelu.default rsub.Scalar scalar_tensor.default scatter.src scatter.value
+scatter_add.default scatter_reduce.two searchsorted.Tensor selu.default sgn.default sign.default sin.default
+sinc.default sinh.default softshrink.default sort.default square.default std.correction std.default std.dim std_mean.dim
+stft.center stft.default sub.Scalar sum.default sym_size.int take.default take_along_dim.default tan.default
+tensor_split.indices tensor_split.sections tensordot.default threshold.default to.device to.dtype to.dtype_layout
+topk.default trace.default tril.default triu.default trunc.default type_as.default unfold.default upsample_bicubic2d.vec
+upsample_nearest1d.vec upsample_nearest3d.vec var.correction var.default var.dim var_mean.correction var_mean.dim
+vdot.default view_as_complex.default view_as_real.default vsplit.int vstack.default where.ScalarOther where.ScalarSelf
+where.self xlogy.Tensor zero.default zeros.default zeros_like.default
 """
 
 ALLOWED_ATEN = frozenset(name for name in ATEN_KINDS if name.startswith("aten.")) | {

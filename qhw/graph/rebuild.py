@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qhw.errors import CaptureError
+from qhw.graph.aliases import use_one_name
 from qhw.graph.inplace import remove_inplace
 from qhw.graph.kinds import ATEN_KINDS
 from qhw.graph.maxima import reduce_maxima
@@ -29,6 +30,7 @@ def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.Grap
         CaptureError: an in-place operator or control flow that a plain graph cannot hold.
     """
     module = exported.module()
+    use_one_name(module.graph)
     reduce_maxima(module.graph)
     aliases = _aliases(model)
     root, graph = nn.Module(), fx.Graph()
