@@ -311,6 +311,7 @@ class Vectors:
     """manifest.json and vectors.npz."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
             self.manifest: Entry = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             self.npz = np.load(folder / "vectors.npz", allow_pickle=False)
@@ -388,6 +389,14 @@ def recompute(op: Entry, vectors: Vectors) -> None:
         raise Differs(f"{op['name']} ({op['kind']}): {changed[0]} was changed since it was written (SHA-256)")
 
 
+def check_files(vectors: Vectors) -> None:
+    """The C header and other files beside the arrays, as far as they are still there; arrays are told one by one."""
+    for name, digest in vectors.manifest["files"].items():
+        path = vectors.folder / name
+        if name != "vectors.npz" and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise Differs(f"{name} was changed since it was written (SHA-256)")
+
+
 def check_vectors(vectors: Vectors) -> str:
     operators = vectors.manifest["operators"]
     for one in vectors.manifest["inputs"]:
@@ -396,6 +405,7 @@ def check_vectors(vectors: Vectors) -> str:
             raise Differs(f"{name['name']}: {one['array']} was changed since it was written (SHA-256)")
     for op in operators:
         recompute(op, vectors)
+    check_files(vectors)
     other = [op["name"] for op in operators if op["rule"] not in RULES]
     rest = f"; not recomputed, unchanged by SHA-256: {', '.join(other)}" if other else ""
     return f"{len(operators) - len(other)} layers recomputed, {vectors.samples} sample(s): nothing differs{rest}"

@@ -360,6 +360,17 @@ def test_one_byte_that_is_changed_in_the_file_names_a_layer(copied: Path) -> Non
         content[position] ^= 0x10
 
 
+def test_one_digit_that_is_changed_in_the_header_is_told_and_a_header_that_is_gone_is_not(copied: Path) -> None:
+    content = bytearray((copied / "vectors.h").read_bytes())
+    position = max(place for place, byte in enumerate(content) if chr(byte) in "123456789")
+    content[position] ^= 1
+    (copied / "vectors.h").write_bytes(content)
+    ran = python(copied)
+    assert (ran.returncode, ran.stdout) == (1, "DIFFERS vectors.h was changed since it was written (SHA-256)\n")
+    (copied / "vectors.h").unlink()
+    assert python(copied).returncode == 0
+
+
 def test_an_engineer_s_own_dump_is_compared(copied: Path) -> None:
     loaded = dict(np.load(copied / "vectors.npz"))
     outputs = {key: array for key, array in loaded.items() if key.endswith("/output")}
