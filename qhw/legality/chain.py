@@ -51,19 +51,26 @@ def chain_of(settled: Settled, operator: ArtefactOperator) -> Chain:
     return Chain(tuple(followers), output)
 
 
-def within(chain: Chain, operator: ArtefactOperator, fused: Iterable[object]) -> Chain:
-    """A chain that leaves the graph in real numbers, where that is computed along; else the operator alone.
+def within(chain: Chain, operator: ArtefactOperator, fused: Iterable[object], *, gives_reals: bool) -> Chain:
+    """Of a chain that need not end in a quantizer the longest start that is computed along; any other as it is.
+
+    It leaves the graph in real numbers, or a kernel gives real numbers, which whoever reads them goes on with.
 
     Args:
         chain: From `chain_of`.
         operator: Where it starts.
         fused: What the target states, of the operator and of its kernels.
+        gives_reals: Whether a kernel of the operator gives real numbers.
     """
-    if chain.output.encoding is not None or not chain.followers:
+    if chain.output.encoding is not None and not gives_reals:
         return chain
     listed = [entry for entries in fused if isinstance(entries, tuple) for entry in entries]
     chains = [(entry,) if isinstance(entry, str) else entry for entry in listed]
-    return chain if chain.kinds in chains else Chain((), operator.output)
+    for count in range(len(chain.followers), 0, -1):
+        if chain.kinds[:count] in chains:
+            output = chain.output if count == len(chain.followers) else chain.followers[count - 1].output
+            return Chain(chain.followers[:count], output)
+    return Chain((), operator.output) if chain.followers else chain
 
 
 def implied(chain: Chain, formats: list[Format]) -> Chain:

@@ -147,7 +147,8 @@ class _Judge:
         if not spec.kernels:
             return _missing(f"{path}.kernels", operator.type, "Replace it, or run it on the host.")
         rows = [self._target.kernels[name] for name in spec.kernels]
-        chain = within(chain, operator, (spec.fused, *(row.fused for row in rows)))
+        gives_reals = any(takes_reals(self._target, row.output) for row in rows)
+        chain = within(chain, operator, (spec.fused, *(row.fused for row in rows)), gives_reals=gives_reals)
         output = chain.output
         in_float, remark = self._leaves_in_float(spec, output.tensor, output.encoding is not None)
         why = self._left_in_float(operator, spec, chain, in_float)

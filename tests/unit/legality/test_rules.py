@@ -312,6 +312,17 @@ def test_what_is_computed_along_may_leave_in_real_numbers(judged: Any) -> None:
     assert {(one.node, one.clause) for one in report.violations} == {("conv", "kernels.mac.output")}
 
 
+def test_behind_a_kernel_that_gives_real_numbers_nothing_need_be_computed_along(judged: Any) -> None:
+    """The longest start that is fused is; what follows reads real numbers, on the host."""
+    half = {"kind": "float", "bits": 16, "exponent_bits": 5, "mantissa_bits": 10, "finite_max": 65504.0}
+    changes = {"formats.f16": half, "kernels.mac.output": ["a8", "f16"], "fallback": "host"}
+    report = judged(conv_file(behind=["Relu", "Elu"]), changes)
+    assert report.is_legal
+    assert [one.status for one in report.operators] == ["legal", "passed", "host"]
+    report = judged(conv_file(behind=["Relu", "Elu"]), {"fallback": "host"})
+    assert {one.clause for one in report.violations} == {"operators.Conv.fused"}
+
+
 def test_formats_at_the_edge(broken_by: Broken) -> None:
     edge = {"formats.wide": {"bits": 16, "signed": True, "zero_point": 0, "per": "tensor"}}
     assert broken_by(conv_file(), {**edge, "boundary.output_formats": ["wide"]}) == {
