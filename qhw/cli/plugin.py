@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from qhw.extension import Algorithm, Exporter
     from qhw.extension.registry import Entry
 
-app = typer.Typer(help="Plugins: targets, algorithms, pipelines, exporters, executors.", no_args_is_help=True)
+app = typer.Typer(help="Plugins: what is installed, what each brings, and options of algorithms.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Plugins: targets, algorithms, pipelines, exporters, executors."""
+    """Plugins: what is installed, what each brings, and options of algorithms."""
 
 
 @app.command("list")
