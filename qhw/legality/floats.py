@@ -77,5 +77,6 @@ def _of_largest(
         if is_constant and codes is None:
             yield unknown(clause, f"elements of weights are not in the artefact; its type goes up to {most:g}")
             return
-        fix = "Quantize it with a coarser scale." if is_constant else "Clip the tensor in front of its quantizer."
+        ends = f"to {spec.finite_max:g} times its scale"
+        fix = "Quantize it with a coarser scale." if is_constant else f"Clip it {ends} in front of its quantizer."
         yield Finding(clause, f"must be at most {spec.finite_max:g}", f"{most:g}{more}", fix)

@@ -78,7 +78,7 @@ def _of_blocks(
     if e.block_size != columns or e.axis != in_axis:
         yield Finding(clause, must, got, fix, distance=5)
     elif not _repeats(e.scale, out_axis, rows):
-        yield Finding(clause, must, f"scales that differ within {rows} outputs", fix, distance=5)
+        yield Finding(clause, must, f"scales that differ within {rows} outputs", fix, distance=3)
 
 
 def _repeats(scale: NDArray[Any], axis: int, count: int) -> bool:

@@ -35,6 +35,8 @@ def unread_clauses(
             continue
         if path[-1] == "file_format" and (value in _NO_FORM or artefact.form in value):
             continue
+        if path[-1] == "packing" and value == "low_first":  # as ONNX and TFLite have it
+            continue
         words = str(value)
         if path[-1] == "artefact_io" and artefact.ends is not None:
             if value == artefact.ends:

@@ -251,8 +251,8 @@ STATED = {
     "boundary.artefact_io": "integer",
     "operators.Conv.weight_layout": "OHWI",
     "operators.Gemm.weight_layout": "OI",
-    "formats.w8.packing": "low_first",
-    "formats.other": {"bits": 4, "signed": True, "packing": "low_first"},
+    "formats.w8.packing": "high_first",
+    "formats.other": {"bits": 4, "signed": True, "packing": "high_first"},
     "memories.data": {"holds": ["activations"], "capacity_bytes": 4096, "past_capacity": "refuse"},
 }
 
@@ -261,7 +261,7 @@ def test_what_is_stated_of_files_and_not_looked_at_is_listed(judged: Any) -> Non
     """Of operators and formats only those that the file has."""
     report = judged(conv_file(), STATED)
     assert {one.clause: one.value for one in report.unread} == {
-        "formats.w8.packing": "low_first",
+        "formats.w8.packing": "high_first",
         "operators.Conv.weight_layout": "OHWI",
         "boundary.artefact_io": "integer; this file takes and gives real numbers",
         "artefact.file_format": "acme blob",
@@ -271,6 +271,7 @@ def test_what_is_stated_of_files_and_not_looked_at_is_listed(judged: Any) -> Non
     assert judged(conv_file(), {"artefact": {"file_format": "TFLite or ONNX QDQ"}}).unread == ()
     assert judged(conv_file(), {"artefact": {"file_format": "any"}}).unread == ()
     assert judged(conv_file(), {"boundary.artefact_io": "float"}).unread == ()
+    assert judged(conv_file(), {"formats.w8.packing": "low_first"}).unread == ()
 
 
 def test_fields_marked_as_judged_are_those_that_the_judge_reads() -> None:

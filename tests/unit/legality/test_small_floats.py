@@ -99,6 +99,11 @@ CASES: dict[str, tuple[OnnxFile, dict[str, Any], set[str]]] = {
         BLOCKS,
         {"formats.w8.block_shape"},
     ),
+    "scales that differ within a block, where channels may have scales, too": (
+        blocks([[0.5, 1.0], [0.5, 2.0], [2.0, 0.5], [2.0, 0.5]]),
+        {"formats.b8": F8 | {"per": "block", "block_shape": [2, 4]}, "kernels.mac.weight": ["w8", "b8"]},
+        {"formats.b8.block_shape"},
+    ),
     "a scale for each channel where blocks": (of_weight([0.5, 0.5, 0.5, 1.0]), BLOCKS, {"formats.w8.block_shape"}),
     "4-bit floats": (
         blocks(np.full((4, 2), 2.0**-7), dtype="float4e2m1", rows=np.clip(ROWS, -3, 3).round()),
@@ -138,6 +143,11 @@ def test_messages_say_which_float_and_how_far(judged: Any) -> None:
     assert largest == (
         "gemm: w: formats.w8.finite_max must be at most 240; got 256 (the largest of 32 elements). "
         "Quantize it with a coarser scale."
+    )
+    clip = only(of_weight(), {"formats.a8.finite_max": 240.0, "kernels.mac.output": ["w8"]})
+    assert clip == (
+        "gemm: x: formats.a8.finite_max must be at most 240; got 448. "
+        "Clip it to 240 times its scale in front of its quantizer."
     )
     nothing = only(of_weight(rows=np.where(ROWS == 3.5, np.nan, ROWS)), {})
     assert "must be finite numbers; got 2 of 32 codes that stand for no finite number" in nothing
