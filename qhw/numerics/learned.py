@@ -165,10 +165,16 @@ class _LearnedElements(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        quotient, upstream = x.float() / scale, grads[0].float()
+        quotient, upstream = _finite(x.float() / scale), grads[0].float()
         inside = torch.ops.aten.hardtanh_backward(upstream, quotient, *ctx.elements.edges)
         by_scale = ctx.elements.round_to(quotient).mul_(upstream).addcmul_(inside, quotient, value=-1.0)
         return inside.to(x.dtype), by_scale.sum_to_size(scale.shape) * ctx.gradient_scale, None, None
+
+
+def _finite(quotient: Tensor) -> Tensor:
+    """Infinite quotients, as masks have, at the ends of float32: they count 0 times themselves. NaN stays NaN."""
+    largest = torch.finfo(quotient.dtype).max
+    return quotient.clamp_(-largest, largest)
 
 
 def _made_again(u: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
@@ -206,7 +212,7 @@ def _backward(
     """Gradients with respect to x, scale and zero point, as the equations stand."""
     quant_min, quant_max, rounding = grid
     zero = _zero(zero_point, quant_min, quant_max)
-    quotient = x.float() / scale
+    quotient = _finite(x.float() / scale)
     code = round_real(quotient, rounding).to(zero_point_dtype(quant_min, quant_max))
     if zero is not None:
         code.add_(zero)

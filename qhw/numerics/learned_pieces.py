@@ -93,7 +93,7 @@ def backward_in_pieces(
             mask(given, part, first, last, grad_input=into)
             if counts_below or counts_above:
                 below += float(given.sum()) - float(into.sum())
-        products += float(torch.dot(given, value)) - float(torch.dot(into, part))
+        products += float(torch.dot(given, value)) - _product(into, part)
     outside = 0.0
     for total, bound, is_held in ((below, clip[0], is_held_below), (above, clip[1], is_held_above)):
         if is_held:
@@ -102,6 +102,12 @@ def backward_in_pieces(
             outside += total
     by_zero = torch.full_like(scale, -step * outside) if is_zero_wanted else None
     return by_x, torch.full_like(scale, products / step), by_zero
+
+
+def _product(grad: Tensor, x: Tensor) -> float:
+    """sum grad x. An infinite x, as masks have, lies outside, where grad is 0: it counts nothing. NaN stays NaN."""
+    found = float(torch.dot(grad, x))
+    return found if math.isfinite(found) else float(torch.dot(grad, x.nan_to_num(math.nan, 0.0, 0.0)))
 
 
 def _code(bound: float, scale: Tensor, rounding: Rounding) -> float:

@@ -319,6 +319,21 @@ def test_what_is_no_number_spreads_and_raises_nothing(what, count):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("count", [16, 2**13], ids=["whole", "in pieces"])
+def test_what_a_mask_hides_counts_as_the_lowest_code(count, mask):
+    """By hand: half the elements are 0.5, on the grid of 0.25, and half are hidden; the gradients are those of eq. 38."""
+    x = torch.full((count,), 0.5)
+    x[::2] = mask
+    x.requires_grad_()
+    quantizer = LearnedQuantizer(qparams(0.25), Grid(-8, 7), domain="linear")
+    y = quantizer(x)
+    assert torch.equal(y.detach(), torch.where(x.detach() < 0, -2.0, 0.5))
+    y.sum().backward()
+    assert torch.equal(x.grad, (x.detach() > 0).float())
+    assert quantizer.scale_parameter.grad.item() == -8 * count / 2  # inside, 2 - 0.5 / 0.25 is 0
+
+
 def test_the_gradient_scale_multiplies_both_and_leaves_x_alone():
     x = torch.linspace(-8, 8, 101)
 
