@@ -125,8 +125,7 @@ def _info(record: PluginRecord, manager: pluggy.PluginManager) -> PluginInfo:
         )
     if info.api != API_VERSION:
         raise record.author_error(
-            f"it was written for plugin API {info.api}; this qhw speaks {API_VERSION}. "
-            "Install a version that fits."
+            f"it was written for plugin API {info.api}; this qhw speaks {API_VERSION}. Install a version that fits."
         )
     return info
 

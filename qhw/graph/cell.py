@@ -2,7 +2,7 @@
 """A cell: an operator that the accelerator runs, what its kernel computes along, and the formats it may have."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qhw.graph.operator import Operator
 from qhw.schema import Kernel
@@ -30,6 +30,7 @@ class Cell:
         held: Formats that each kernel takes for the constant operand, by kernel id.
         gives_float: Whether its result is float.
         at_edge: Formats of its result in place of its kernels', where it leaves the network here; None: theirs.
+        rows: The kernels, and those that could hold it but for the rules on its scales and its width.
     """
 
     operator: Operator
@@ -43,6 +44,7 @@ class Cell:
     held: Mapping[str, tuple[str, ...]]
     gives_float: bool = False
     at_edge: tuple[str, ...] | None = None
+    rows: Mapping[str, Kernel] = field(default_factory=dict)
 
     @property
     def weight(self) -> str | None:

@@ -136,22 +136,21 @@ def _at_edge(
     graph: Graph, target: TargetSpec, cells: tuple[Cell, ...], tensor_of: Mapping[str, str]
 ) -> tuple[Cell, ...]:
     """Cells with what the target says of results that leave the network, where no cell reads them."""
-    boundary = target.boundary
-    if boundary is None:
-        return cells
     read = {name for cell in cells for name in cell.inputs}
     leaving = {tensor_of[name] for name in graph.output_values} - read
+    return tuple(_leaving(target, cell) if cell.output in leaving else cell for cell in cells)
 
-    def with_edge(cell: Cell) -> Cell:
-        if cell.output not in leaving or cell.gives_float:
-            return cell
-        if boundary.outputs == "float":
-            return replace(cell, gives_float=True)
-        # What only moves data has no kernel whose formats could be replaced; it gives what it reads.
-        formats = boundary.output_formats
-        return replace(cell, at_edge=formats) if isinstance(formats, tuple) and cell.kernels else cell
 
-    return tuple(map(with_edge, cells))
+def _leaving(target: TargetSpec, cell: Cell) -> Cell:
+    """A cell whose result leaves the network, with what the target says of those."""
+    boundary = target.boundary
+    if boundary is None or cell.gives_float:
+        return cell
+    if boundary.outputs == "float":
+        return replace(cell, gives_float=True)
+    # What only moves data has no kernel whose formats could be replaced; it gives what it reads.
+    formats = boundary.output_formats
+    return replace(cell, at_edge=formats) if isinstance(formats, tuple) and cell.kernels else cell
 
 
 def _tensors(graph: Graph, absorbed: Collection[str], hosted: Collection[str]) -> dict[str, str]:
@@ -204,6 +203,8 @@ class _Reader:
         self._hosted = hosted
         self._outputs = frozenset(graph.output_values)
         self._activations = activations_of(target)
+        read = {self._tensor_of[name] for op in graph.operators if not op.is_view for name in op.inputs}
+        self._leaving = {self._tensor_of[name] for name in graph.output_values} - read
         self._layers = 0
         self.refused: dict[str, Reason] = {}
 
@@ -285,13 +286,15 @@ class _Reader:
         output = self._tensor_of[last]
         gives_float = spec.output == "float"
         cell = Cell(operator, spec, path, members, inputs, output, rows, self._activations, held, gives_float)
+        if output in self._leaving:  # which decides what its rows may give; of others it is known once all are read
+            cell = _leaving(self._target, cell)
         tied = {kernel: row for kernel, row in rows.items() if _can_share(cell, kernel)}
         if rows and not tied:
             return (f"{path}.same_scale", f"no format of its kernels fits all that share a scale ({spec.same_scale})")
         narrow = {kernel: row for kernel, row in tied.items() if _can_keep_width(self._target, cell, kernel)}
         if rows and not narrow:
             return (f"{path}.may_change_precision", "no kernel of it has one width for all that it reads and gives")
-        return replace(cell, kernels=narrow)
+        return replace(cell, kernels=narrow, rows=rows)
 
     def _is_float(self, value: str) -> bool:
         dtypes = self._graph.input_dtypes

@@ -8,7 +8,7 @@ the rest still cannot be met (a deletion filter): as many trials as the family h
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qhw.graph.cell import Cell
@@ -51,7 +51,8 @@ def smallest_conflict(target: TargetSpec, cells: Sequence[Cell], demands: Demand
         cells: In execution order.
         demands: Formats that the user wants, and those that the target allows at the edge of the network.
     """
-    for family in _families(cells):
+    # Rules on scales and width are constraints of their own: kernels that they rule out are back here.
+    for family in _families([replace(cell, kernels=cell.rows) for cell in cells]):
         problem = _Problem(target, family, demands)
         kept = list(problem.constraints())
         if problem.is_met({one.key for one in kept}):

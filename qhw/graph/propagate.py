@@ -210,6 +210,8 @@ class _Search:
             return options
         if wanted not in options:
             kind = touching[0].operator.kind
+            if wanted in _union(cell.weight_formats(kernel) for cell in touching for kernel in cell.rows):
+                raise PlanError(conflict_words(smallest_conflict(self._target, self._cells, self._demands)))
             raise PlanError(f"{name}: no kernel of {kind} holds weights in '{wanted}'. It holds: {', '.join(options)}.")
         return [wanted]
 

@@ -197,6 +197,18 @@ def test_the_set_named_conflicts_and_every_smaller_one_fits(problem):
         assert {name: chosen[name] for name in wanted | asked} == wanted | asked
 
 
+def test_a_row_that_a_common_scale_rules_out_is_no_part_of_the_conflict_without_it():
+    rows = """
+kernels.plain = { input = ["a8"], weight = ["w8"], output = ["a16"] }
+kernels.tied = { input = ["a8"], weight = ["w16"], output = ["a8"] }
+operators.Conv = { kernels = ["plain", "tied"], same_scale = "input_output" }
+"""
+    with pytest.raises(PlanError) as caught:
+        place(build(["Conv"], False), parse_target(HEAD + rows), formats={"w0": "w8"})
+    assert "one scale for what it reads and gives (operators.Conv.same_scale)" in str(caught.value)
+    assert "w0 is demanded in w8" in str(caught.value) and "all 3" in str(caught.value)
+
+
 SHARING = (
     HEAD
     + """
