@@ -255,6 +255,13 @@ class OnnxArtefact:
         encoding = self._grid.get(name) or self.encodings.get(name)
         return Use(root, encoding, self._shapes.get(name))
 
+    def _operand(self, name: str) -> Use:
+        """A value or a constant, on the grid that it has."""
+        if name in self._data:
+            return self._use(name)
+        held = self._constants.constant(name)
+        return Use(name, self.encodings.get(name) or held.encoding, held.shape)
+
     def _plain(self, node: onnx.NodeProto) -> None:
         given = attributes_of(node)
         read = [name for name in node.input if name in self._data]
@@ -266,7 +273,9 @@ class OnnxArtefact:
         kind, facts = kind_of(node.op_type, given, self._shapes.get(read[0]), shape, small)
         if kind in ("Max", "Min", "Add", "Mul", "Sub", "Div") and len(node.input) != 2:
             kind = "Unknown"
-        draft = _Draft(node, kind, [self._use(name) for name in read], list(node.output), facts, weight)
+        # A constant that is put together with others is read as they are.
+        operands = [name for name in node.input if name] if kind == "Concat" else read
+        draft = _Draft(node, kind, [self._operand(name) for name in operands], list(node.output), facts, weight)
         draft.bias = self._parameter(bias_name, 0)
         self._place_axes(draft, node.op_type, given, weight_name)
         if all(name in self._codes for name in read):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from qhw.graph import VIEW_KINDS
 from qhw.graph.cell import TWO_OPERANDS
-from qhw.graph.kinds import FALLBACK_KINDS
 from qhw.legality.artefact import Artefact, ArtefactOperator
 from qhw.legality.chain import Chain, chain_of, within
 from qhw.legality.clips import CLIPS, clip_codes
@@ -21,6 +20,7 @@ from qhw.legality.tensors import tensor_findings
 from qhw.legality.unread import unread_clauses
 from qhw.schema import WEIGHTED_KINDS, TargetSpec
 from qhw.schema import Operator as OperatorSpec
+from qhw.schema.kinds import row_kinds
 
 __all__ = ["judge"]
 
@@ -108,11 +108,8 @@ class _Judge:
             finding = _missing("operators", f"{operator.type}, which no kind of qhw stands for", "Replace it.")
             return self._elsewhere(operator, finding)
         finding = _missing(f"operators.{operator.kind}", operator.type, "Replace it, or run it on the host.")
-        for kind in (operator.kind, *FALLBACK_KINDS.get(operator.kind, ())):
-            spec = self._target.operators.get(kind)
-            if spec is None:
-                continue
-            found = self._under(operator, f"operators.{kind}", spec, chain)
+        for kind in row_kinds(operator.kind, self._target.operators):
+            found = self._under(operator, f"operators.{kind}", self._target.operators[kind], chain)
             if isinstance(found, OperatorReport):
                 return found
             finding = found
@@ -192,7 +189,11 @@ class _Judge:
 
     def _movement(
         self, operator: ArtefactOperator, path: str, spec: OperatorSpec, limits: list[Finding]
-    ) -> OperatorReport:
+    ) -> OperatorReport | Finding:
+        real = [use.tensor for use in operator.inputs if use.encoding is None]
+        if operator.kind == "Concat" and real and len(real) < len(operator.inputs):
+            got = f"real numbers in '{real[0]}'"  # which are put together with others before all are quantized
+            return _missing(f"{path}.same_scale", got, "Quantize it.", "quantized operands")
         site = Site(self._target, operator, path, spec, operator.output)
         return self._noted(operator, None, [*limits, *tie_findings(site, {})])
 

@@ -43,6 +43,37 @@ def test_a_concat_wants_one_scale(grids: Sequence[Grid], expected: set[Any], bro
     assert broken_by(concat_file(*grids)) == expected
 
 
+@pytest.mark.parametrize("kernels", [["move"], None], ids=["computed", "moved"])
+def test_a_concat_with_real_numbers_runs_on_the_host(kernels: list[str] | None, judged: Any) -> None:
+    f = OnnxFile()
+    stored = f.stored("token", np.ones((1, 1, 4, 4), np.float32))
+    f.gives(f.pair(f.op("Concat", [stored, f.pair(f.given("a", [1, 2, 4, 4]), A)], "concat", axis=1), B))
+    changes = {"operators.Concat.kernels": kernels, "fallback": "host"}
+    report = judged(f, changes)
+    assert [one.status for one in report.operators] == ["host"]
+    assert report.operators[0].reason.endswith("real numbers in 'token'")
+
+
+def test_a_stored_operand_of_a_concat_shares_the_scale(broken_by: Broken) -> None:
+    def file(of_constant: Grid) -> OnnxFile:
+        f = OnnxFile()
+        stored = f.weight("token", np.ones((1, 1, 4, 4), int), of_constant)
+        f.gives(f.pair(f.op("Concat", [stored, f.pair(f.given("a", [1, 2, 4, 4]), A)], "concat", axis=1), A))
+        return f
+
+    assert broken_by(file(A)) == set()
+    assert broken_by(file(B)) == {("concat", "operators.Concat.same_scale")}
+
+
+def test_a_row_of_its_own_is_not_passed_over_for_the_general_one(judged: Any) -> None:
+    depthwise = conv_file(codes=np.ones((3, 1, 3, 3), int), bias=None, group=3)
+    general = {"operators.Conv.limits": None}
+    assert judged(depthwise, general).operators[0].status == "legal"
+    own = {**general, "operators.DepthwiseConv": {"kernels": []}, "fallback": "refuse"}
+    report = judged(depthwise, own)
+    assert [one.clause for one in report.violations] == ["operators.DepthwiseConv.kernels"]
+
+
 def test_the_zero_point_is_shared_too(broken_by: Broken) -> None:
     free = {"formats.a8.zero_point": "free"}
     file = concat_file(A, grid(2.0**-4, 1), A)
