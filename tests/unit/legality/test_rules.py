@@ -66,7 +66,7 @@ def test_a_stored_operand_of_a_concat_shares_the_scale(broken_by: Broken) -> Non
 
 
 def test_a_row_of_its_own_is_not_passed_over_for_the_general_one(judged: Any) -> None:
-    depthwise = conv_file(codes=np.ones((3, 1, 3, 3), int), bias=None, group=3)
+    depthwise = conv_file(w=grid([2.0**-7] * 3), codes=np.ones((3, 1, 3, 3), int), bias=None, group=3)
     general = {"operators.Conv.limits": None}
     assert judged(depthwise, general).operators[0].status == "legal"
     own = {**general, "operators.DepthwiseConv": {"kernels": []}, "fallback": "refuse"}

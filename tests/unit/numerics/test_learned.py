@@ -322,7 +322,7 @@ def test_what_is_no_number_spreads_and_raises_nothing(what, count):
 @pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("count", [16, 2**13], ids=["whole", "in pieces"])
 def test_what_a_mask_hides_counts_as_the_lowest_code(count, mask):
-    """By hand: half the elements are 0.5, on the grid of 0.25, and half are hidden; the gradients are those of eq. 38."""
+    """By hand, eq. 38: half the elements are 0.5, on the grid of 0.25, and half are hidden."""
     x = torch.full((count,), 0.5)
     x[::2] = mask
     x.requires_grad_()
