@@ -57,8 +57,11 @@ class TrainingForm(Work):
 
         Raises:
             PlanError: no such group.
+            TrainingError: the module is no FakeQuantizer, as which freezing reads its grid.
         """
         self.group(group)
+        if not isinstance(quantizer, FakeQuantizer):
+            raise TrainingError(f"{group}: must get a qhw.numerics.FakeQuantizer; got {type(quantizer).__name__}.")
         self.quantizers[group] = quantizer
 
     def shape(self, point: QuantPoint) -> tuple[int, ...]:

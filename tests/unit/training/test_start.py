@@ -301,6 +301,8 @@ def test_a_batch_norm_is_taken_out_once_and_before_its_weight_gets_a_quantizer()
     form.set_quantizer("3.weight", LearnedQuantizer(form.qparams["3.weight"], form.grid("3.weight")))
     with pytest.raises(TrainingError, match=r"^3: its weight has a quantizer already, on the scales with the batch"):
         form.keep_norm("3")
+    with pytest.raises(TrainingError, match=r"^3\.weight: must get a qhw\.numerics\.FakeQuantizer; got Identity\.$"):
+        form.set_quantizer("3.weight", torch.nn.Identity())
     with pytest.raises(TrainingError, match=r"^11: no batch norm was folded into it\. Leave it out, or quantize again"):
         form.fold_each_step("11")
     with pytest.raises(TrainingError, match=r"^2: is no batch norm that was folded\. Leave it out, or plan again"):

@@ -41,7 +41,7 @@ class AcmePercentile(Algorithm):
             return _answer(False, "name", target.name, "tuned on ACME's chips only, and this is {value}")
         if not resources.calibration:
             return _answer(False, "resources.calibration", False, "needs calibration data")
-        fixed = {point.group for point in points.points if point.fixed is not None}
+        fixed = {point.group for point in points.points if point.is_given}
         roles = ("activation", "input", "edge")
         groups = dict.fromkeys(p.group for p in points.points if p.role in roles and p.group not in fixed)
         sites = tuple(Site(name=group, verdict=Verdict(taken=True)) for group in groups)
