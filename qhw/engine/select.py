@@ -360,7 +360,8 @@ def _survey(candidate: _Candidate, prepared: _Prepared | _Settled, target: Targe
     if strange:
         raise entry.record.author_error(f"{doing} changes '{strange[0]}', which is no operator of the graph.")
     sites = [site.name for site in survey.taken]
-    stray = stray_site(entry.value.stage, sites, prepared.placement.points, operators)
+    placed = {operator.name for operator in prepared.placement.operators}  # batch norms that are folded, too
+    stray = stray_site(entry.value.stage, sites, prepared.placement.points, operators | placed)
     if stray is not None:
         raise entry.record.author_error(f"{doing} names a site of its own: {stray}")
     return survey
