@@ -11,8 +11,8 @@ from qhw.errors import ExportError
 FLOATS = """
 schema_version = 1
 name = "acme/floats"
-formats.f8 = { kind = "float", bits = 8, exponent_bits = 4, mantissa_bits = 3, finite_max = 448.0, zero_point = 0, per = "tensor" }
-kernels.mac = { input = ["f8"], weight = ["f8"], output = ["f8"] }
+formats.f6 = { kind = "float", bits = 6, exponent_bits = 2, mantissa_bits = 3, finite_max = 7.5, zero_point = 0, per = "tensor" }
+kernels.mac = { input = ["f6"], weight = ["f6"], output = ["f6"] }
 operators.Conv = { kernels = ["mac"], fused = ["Relu"] }
 operators.Gemm = { kernels = ["mac"], fused = ["Relu"] }
 fallback = "host"
@@ -25,7 +25,7 @@ def test_it_is_saved_scored_and_said(qhw_run, folder: Path, caplog: pytest.LogCa
     ran = qhw_run(*QUANTIZE.split())
     assert ran.status == 0, ran.err
     (said,) = [record.getMessage() for record in caplog.records if "no artefact" in record.getMessage()]
-    assert "'acme/floats' names no exporter" in said and "formats.f8" in said
+    assert "'acme/floats' names no exporter" in said and "formats.f6" in said
     assert "simulated" in ran.out and "artefact is in" not in ran.out
     assert not (folder / "out" / "artefacts").exists()
     assert qhw.load(folder / "out").plan.target == "acme/floats"
@@ -35,12 +35,12 @@ def test_it_is_saved_scored_and_said(qhw_run, folder: Path, caplog: pytest.LogCa
 def test_an_exporter_that_is_named_must_hold_it(qhw_run, folder: Path):
     (folder / "floats.toml").write_text(FLOATS + 'artefact = { exporter = "onnx_qdq" }\n')
     ran = qhw_run(*QUANTIZE.split())
-    assert ran.status == 1 and "holds integers" in ran.err
+    assert ran.status == 1 and "this form has no type for them" in ran.err
     assert not (folder / "out").exists()
 
 
 def test_asked_for_by_call_it_is_an_error(qhw_run, folder: Path):
     (folder / "floats.toml").write_text(FLOATS)
     assert qhw_run(*QUANTIZE.split()).status == 0
-    with pytest.raises(ExportError, match="holds integers"):
+    with pytest.raises(ExportError, match="this form has no type for them"):
         qhw.export(qhw.load(folder / "out"), folder / "artefact")
