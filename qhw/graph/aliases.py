@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qhw.graph.attributes import target_name
+from qhw.graph.attributes import argument, target_name
 
 __all__ = ["use_one_name"]
 
@@ -98,6 +98,11 @@ def _as_swap(node: fx.Node) -> None:
     node.target, node.args = _aten.transpose.int, (node.args[0], -2, -1)
 
 
+def _as_pad(node: fx.Node) -> None:
+    value = argument(node, 2, "value", 0)
+    node.target, node.args, node.kwargs = _aten.pad.default, (*node.args[:2], "constant", float(value)), {}
+
+
 def _as_concatenation(axis: int) -> Callable[[fx.Node], None]:
     """Tensors of too few axes get new ones before they are stacked: those stay as they are."""
 
@@ -113,6 +118,7 @@ _FORMS: Mapping[str, Callable[[fx.Node], None]] = MappingProxyType(
     {
         "aten.movedim.intlist": _as_permutation,
         "aten.mT.default": _as_swap,
+        "aten.constant_pad_nd.default": _as_pad,
         "aten.hstack.default": _as_concatenation(1),
         "aten.vstack.default": _as_concatenation(0),
         "aten.row_stack.default": _as_concatenation(0),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, Graph
+from qhw.graph import MOVEMENT_KINDS, VIEW_KINDS, Graph, Operator
 from qhw.numerics import LearnedQuantizer, PerTensor
 from qhw.numerics.learned import Clip
 from qhw.training.batch_norm import KeptNorm
@@ -20,7 +20,6 @@ _CLIPS: dict[Any, Clip] = {
     torch.ops.aten.relu6.default: (0.0, 6.0),
     torch.ops.aten.hardtanh.default: (-1.0, 1.0),
 }
-_ZEROS = (torch.ops.aten.constant_pad_nd.default, torch.ops.aten.pad.default)
 # Operators whose gradient does not need what they read.
 _KEEP_NO_INPUT = {
     torch.ops.aten.add.Tensor,
@@ -38,7 +37,7 @@ def drop_repeats(graph: Graph) -> None:
     Args:
         graph: With its quantizers; changed in place.
     """
-    moving = {op.name for op in graph.operators if op.kind in VIEW_KINDS | MOVEMENT_KINDS}
+    moving = {op.name for op in graph.operators if op.kind in VIEW_KINDS | MOVEMENT_KINDS and _adds_nothing(op)}
     on_grid: dict[fx.Node, str] = {}
     for node in list(graph.module.graph.nodes):
         grids = {on_grid.get(source, "") for source in node.all_input_nodes}
@@ -48,7 +47,7 @@ def drop_repeats(graph: Graph) -> None:
                 graph.module.graph.erase_node(node)
             else:
                 on_grid[node] = str(node.target)
-        elif node.meta.get("name") in moving and len(grids) == 1 and "" not in grids and _adds_nothing(node):
+        elif node.meta.get("name") in moving and len(grids) == 1 and "" not in grids:
             on_grid[node] = grids.pop()
     graph.refresh()
 
@@ -58,14 +57,10 @@ def _is_one_grid(module: nn.Module) -> bool:
     return _is_learned(module) and isinstance(module.granularity, PerTensor) and module.elements is None
 
 
-def _adds_nothing(node: fx.Node) -> bool:
-    """Whether a node that moves values gives those of its input alone, or zeros, which every such grid has."""
-    if node.target not in _ZEROS:
-        return "pad" not in str(node.target)
-    given: dict[str, Any] = {"value": 0, "mode": "constant", **node.kwargs}
-    rest = dict(zip(("value",) if node.target is _ZEROS[0] else ("mode", "value"), node.args[2:], strict=False))
-    given |= rest
-    return given["mode"] == "constant" and not given["value"]
+def _adds_nothing(operator: Operator) -> bool:
+    """Whether what moves values gives those of its input alone, or zeros, which every such grid has."""
+    facts = operator.attributes
+    return operator.kind != "Pad" or (facts["mode"] == "constant" and not facts["value"])
 
 
 def fuse_clips(graph: Graph) -> None:

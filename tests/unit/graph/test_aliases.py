@@ -5,20 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qhw.graph import capture
 from qhw.graph.aliases import OVERLOADS, PACKETS
 from qhw.graph.saving import check_savable
-
-
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+from tests.integer_support import Function
 
 
 @pytest.mark.parametrize(
@@ -49,7 +41,7 @@ class Net(nn.Module):
 )
 def test_it_is_the_operator_with_a_kind(function: Callable[[Tensor], Tensor], kind: str) -> None:
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(function), x)
+    graph = capture(Function(function), x)
     assert [operator.kind for operator in graph.operators] == [kind]
     assert torch.equal(graph(x), function(x))
     check_savable(graph)
@@ -57,14 +49,24 @@ def test_it_is_the_operator_with_a_kind(function: Callable[[Tensor], Tensor], ki
 
 def test_a_second_name_of_an_operator_in_place_too() -> None:
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(lambda x: (x * 2).clip_(-1, 1).multiply_(x)), x)
+    graph = capture(Function(lambda x: (x * 2).clip_(-1, 1).multiply_(x)), x)
     assert [operator.kind for operator in graph.operators] == ["Mul", "Clip", "Mul"]
     assert torch.equal(graph(x), (x * 2).clamp(-1, 1) * x)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_constant_pad_is_a_pad(value: float) -> None:
+    """Its value stands where a pad has its mode."""
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    graph = capture(Function(lambda x: torch.constant_pad_nd(x, (1, 2), value)), x)
+    (pad,) = graph.operators
+    assert (pad.kind, pad.attributes["mode"], pad.attributes["value"]) == ("Pad", "constant", value)
+    assert torch.equal(graph(x), torch.nn.functional.pad(x, (1, 2), value=value))
+
+
 def test_a_stack_of_vectors_stays() -> None:
     x = torch.randn(4, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(lambda x: torch.vstack([x, x])), x, dynamic_batch=False)
+    graph = capture(Function(lambda x: torch.vstack([x, x])), x, dynamic_batch=False)
     assert torch.equal(graph(x), torch.stack([x, x]))
 
 

@@ -2,22 +2,13 @@
 """Maxima become reductions with the same values; those whose places are read stay as they are."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qhw.graph import capture
-
-
-class Net(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
+from tests.integer_support import Function
 
 
 @pytest.mark.parametrize(
@@ -36,7 +27,7 @@ def test_it_is_a_reduction_with_the_same_values(
     function: Callable[[Tensor], Tensor], shape: tuple[int, ...], kind: str, axes: list[int]
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(function), x)
+    graph = capture(Function(function), x)
     (operator,) = graph.operators
     assert (operator.kind, operator.attributes["axes"]) == (kind, axes)
     assert torch.equal(graph(x), function(x))
@@ -44,7 +35,7 @@ def test_it_is_a_reduction_with_the_same_values(
 
 def test_a_maximum_whose_place_is_read_stays() -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(lambda x: x.max(1)), x)
+    graph = capture(Function(lambda x: x.max(1)), x)
     assert [operator.kind for operator in graph.operators] == ["Unknown", "Identity", "Identity"]
     values, places = graph(x)
     assert torch.equal(values, x.amax(1)) and torch.equal(places, x.argmax(1))
@@ -52,6 +43,6 @@ def test_a_maximum_whose_place_is_read_stays() -> None:
 
 def test_pooling_to_more_than_one_value_stays() -> None:
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    graph = capture(Net(nn.AdaptiveMaxPool2d(2)), x)
+    graph = capture(Function(nn.AdaptiveMaxPool2d(2)), x)
     assert graph.operators[0].kind == "Unknown"
     assert torch.equal(graph(x), nn.functional.max_pool2d(x, 2))

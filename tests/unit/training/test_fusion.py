@@ -35,11 +35,8 @@ def test_a_relu_in_front_of_its_quantizer_is_taken_over_and_nothing_changes(monk
     assert torch.equal(y, expected)
     y.square().sum().backward()
     expected.square().sum().backward()
-    for (name, mine), (other, theirs) in zip(fused.named_parameters(), apart.named_parameters(), strict=True):
-        assert name == other
-        if mine.grad is not None:
-            # A scale's gradient is a sum of up to 64 * 8 * 8 * 8 terms that is formed in another order.
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+    # A scale's gradient is a sum of up to 64 * 8 * 8 * 8 terms that is formed in another order.
+    check_same_gradients(fused, apart, rtol=1e-4, atol=1e-3)
     frozen, other = qhw.freeze(fused), qhw.freeze(apart)
     with torch.no_grad():
         assert torch.equal(frozen(x), other(x))
@@ -101,6 +98,16 @@ def kept_bytes(result, x):
         return result(x).square().sum(), sum(storages.values())
 
 
+def check_same_gradients(mine, theirs, **tolerances):
+    """Parameter by parameter; without tolerances to the bit."""
+    for (name, one), (other, two) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other and (one.grad is None) == (two.grad is None)
+        if one.grad is not None and tolerances:
+            torch.testing.assert_close(one.grad, two.grad, **tolerances)
+        elif one.grad is not None:
+            assert torch.equal(one.grad, two.grad)
+
+
 def test_the_output_of_a_kept_batch_norm_is_made_again_for_the_gradient_and_nothing_changes(monkeypatch):
     kept = {"prefer": ["kept_batch_norm"]}
     remade = trainable(train=kept)
@@ -115,10 +122,7 @@ def test_the_output_of_a_kept_batch_norm_is_made_again_for_the_gradient_and_noth
     assert bytes_stored - bytes_remade > 2 * 4 * 64 * 8 * 8 * 8 * 0.95
     loss.backward()
     expected.backward()
-    for (name, mine), (other, theirs) in zip(remade.named_parameters(), stored.named_parameters(), strict=True):
-        assert name == other
-        if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=2e-3)
+    check_same_gradients(remade, stored, rtol=1e-4, atol=2e-3)
     for name, value in remade.state_dict().items():
         assert torch.equal(value, stored.state_dict()[name]), name
 
@@ -138,9 +142,7 @@ def test_a_step_that_stops_between_batch_norm_and_quantizer_leaves_nothing_behin
     stopped.load_state_dict(untouched.state_dict())
     for other in (stopped, untouched):
         other.eval()(images(64)).square().sum().backward()
-    for mine, theirs in zip(stopped.parameters(), untouched.parameters(), strict=True):
-        assert (mine.grad is None) == (theirs.grad is None)
-        assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+    check_same_gradients(stopped, untouched)
 
 
 class Residual(nn.Module):
@@ -165,10 +167,7 @@ def test_what_only_a_sum_reads_is_computed_again_for_the_gradient_and_nothing_ch
     assert bytes_kept - bytes_again >= 4 * 64 * 8 * 8 * 8
     loss.backward()
     expected.backward()
-    for mine, theirs in zip(again.parameters(), kept.parameters(), strict=True):
-        assert (mine.grad is None) == (theirs.grad is None)
-        if mine.grad is not None:
-            assert torch.equal(mine.grad, theirs.grad)
+    check_same_gradients(again, kept)
 
 
 GENERIC = "whitepaper/generic-int8"  # lists what moves values
@@ -208,10 +207,7 @@ def test_values_that_were_only_moved_are_not_quantized_again_and_nothing_changes
     assert bytes_again - bytes_once >= 4 * 64 * 24 * 4 * 4
     loss.backward()
     expected.backward()
-    for mine, theirs in zip(once.parameters(), again.parameters(), strict=True):
-        assert (mine.grad is None) == (theirs.grad is None)
-        if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    check_same_gradients(once, again, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.0, 1), (0.3, 2)])
