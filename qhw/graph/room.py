@@ -11,11 +11,10 @@ from dataclasses import replace
 from qhw.graph.cell import Cell
 from qhw.graph.operator import Operator
 from qhw.graph.slots import Choice, Slot, edge, tensor, weight
-from qhw.schema import WEIGHTED_KINDS, Format, TargetSpec
+from qhw.schema import SUMMING_KINDS, Format, TargetSpec
 
 __all__ = ["SUMMING_KINDS", "accumulator_width", "num_products", "sum_bits", "with_room"]
 
-SUMMING_KINDS = (*WEIGHTED_KINDS, "MatMul")
 _UNBOUNDED = 128
 
 

@@ -14,7 +14,7 @@ from qhw.legality.finding import Finding, unknown
 from qhw.legality.site import Site
 from qhw.numerics import accumulator_bits_needed, accumulator_bounds
 from qhw.numerics.pairwise import pair_sums
-from qhw.schema import WEIGHTED_KINDS, Accumulator, Pairwise
+from qhw.schema import SUMMING_KINDS, WEIGHTED_KINDS, Accumulator, Pairwise
 
 __all__ = ["accumulator_findings", "largest_sums", "weight_sum_findings"]
 
@@ -24,7 +24,7 @@ _SAFE = 2**40
 
 def accumulator_findings(site: Site, kernel: str) -> Iterator[Finding]:
     """Whether sums fit: of the stored weights and any input, in any order."""
-    if site.kind not in (*WEIGHTED_KINDS, "MatMul"):
+    if site.kind not in SUMMING_KINDS:
         return
     name = site.kernel(kernel).accumulator
     if name is None or name == "unknown":

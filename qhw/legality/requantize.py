@@ -12,19 +12,16 @@ from qhw.legality.ratios import Ratio, ratios
 from qhw.legality.scales import is_power_of_two
 from qhw.legality.site import Site
 from qhw.numerics import LegalRatios, legal_ratios
-from qhw.schema import WEIGHTED_KINDS, Requantize
+from qhw.schema import SUMMING_KINDS, Requantize
 
 __all__ = ["requantize_findings"]
-
-_REQUANTIZED = (*WEIGHTED_KINDS, "MatMul")
-"""Kinds that cannot do without."""
 
 
 def requantize_findings(site: Site, kernel: str) -> Iterator[Finding]:
     """What a kernel's requantization says about the scales of an operator."""
     name = site.kernel(kernel).requantize
     if name is None or name == "unknown":
-        if site.kind in _REQUANTIZED and site.output.encoding is not None and not site.sums_reals(kernel):
+        if site.kind in SUMMING_KINDS and site.output.encoding is not None and not site.sums_reals(kernel):
             why = "unknown" if name else "the target does not say how results are requantized"
             yield unknown(f"kernels.{kernel}.requantize", why)
         return

@@ -15,6 +15,7 @@ from qhw.schema.open_field import OpenField
 from qhw.schema.open_fields import open_fields
 from qhw.schema.operators import (
     PLANNED_LIMITS,
+    SUMMING_KINDS,
     WEIGHTED_KINDS,
     Approximation,
     Attribute,
@@ -32,6 +33,7 @@ from qhw.schema.write import target_json_schema, to_json
 __all__ = [
     "INTEGER",
     "PLANNED_LIMITS",
+    "SUMMING_KINDS",
     "UNKNOWN",
     "WEIGHTED_KINDS",
     "Accumulator",

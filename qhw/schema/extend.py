@@ -4,7 +4,6 @@
 Tables merge by field, lists replace, sources follow leaves, conflicts follow the field that they are about.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from qhw.schema.provenance import KEYED, SINGLE, claim_tables, claims, leaf_paths
@@ -49,7 +48,7 @@ def merge_target(base: Data, child: Data) -> Data:
     result = {key: dict(value) if key in KEYED and isinstance(value, dict) else value for key, value in result.items()}
     inherited: Data = {}
     kept = _kept_conflicts(base, child)
-    if isinstance(base.get("conflicts"), list) and isinstance(child.get("conflicts", []), list):
+    if kept is not None:
         result["conflicts"] = [*kept, *child.get("conflicts", ())]
     for where, table in list(claim_tables(result)):
         own = set(leaf_paths(claims(where, _at(child, where))))
@@ -64,7 +63,7 @@ def merge_target(base: Data, child: Data) -> Data:
                 path = ".".join((*where, *leaf))
                 inherited[path] = writers.get(path, base_name)
         result = _with_source(result, where, table, sources, _at(child, where).get("source"))
-    written = [f"conflicts.{entry['field']}" for entry in kept]
+    written = [f"conflicts.{entry['field']}" for entry in kept or ()]
     written += [] if base.get("summary") is None or "summary" in child else ["summary"]
     written += sorted(f"sources.{tag}" for tag in _tags(base) if tag not in _tags(child))
     inherited.update({path: writers.get(path, base_name) for path in written})
@@ -96,18 +95,15 @@ def _at(data: Data, where: tuple[str, ...]) -> Data:
     return here if isinstance(here, dict) else {}
 
 
-def _kept_conflicts(base: Data, child: Data) -> list[Data]:
-    """Conflicts of the base about fields that the child leaves alone."""
+def _kept_conflicts(base: Data, child: Data) -> list[Data] | None:
+    """Conflicts of the base about fields that the child leaves alone; None where there is nothing to merge."""
     held, own = base.get("conflicts"), child.get("conflicts", [])
     if not isinstance(held, list) or not isinstance(own, list):
-        return []
+        return None
     settled = {entry["field"] for entry in own if _is_conflict(entry)}
-    settled |= {".".join((*where, *leaf)) for where, table in claim_tables(child) for leaf in _leaves(where, table)}
+    for where, table in claim_tables(child):
+        settled |= {".".join((*where, *leaf)) for leaf in leaf_paths(claims(where, table))}
     return [entry for entry in held if _is_conflict(entry) and not _touches(entry["field"], settled)]
-
-
-def _leaves(where: tuple[str, ...], table: Data) -> Iterator[tuple[str, ...]]:
-    return leaf_paths(claims(where, table))
 
 
 def _is_conflict(entry: Any) -> bool:
@@ -125,9 +121,7 @@ def _tags(data: Data) -> Data:
 
 
 def _clashes(base: Data, child: Data) -> dict[str, str]:
-    texts, own = base.get("sources"), child.get("sources")
-    if not isinstance(texts, dict) or not isinstance(own, dict):
-        return {}
+    texts, own = _tags(base), _tags(child)
     writers = base.get("inherited")
     writers = writers if isinstance(writers, dict) else {}
     return {

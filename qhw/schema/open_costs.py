@@ -3,16 +3,14 @@
 
 from collections.abc import Iterator
 
-from qhw.schema.base import UNKNOWN, Path
-from qhw.schema.open_field import OpenField
-from qhw.schema.operators import WEIGHTED_KINDS
+from qhw.schema.open_field import OpenField, left_open
+from qhw.schema.operators import SUMMING_KINDS
 from qhw.schema.spec import TargetSpec
+from qhw.schema.system import Cost
 
 __all__ = ["open_costs"]
 
 COMMANDS = ("qhw cost",)
-MULTIPLIED = frozenset(WEIGHTED_KINDS) | {"MatMul"}
-"""Kinds whose cycles follow from their multiply-accumulates; those of others from their results."""
 
 
 def open_costs(spec: TargetSpec) -> Iterator[OpenField]:
@@ -20,26 +18,32 @@ def open_costs(spec: TargetSpec) -> Iterator[OpenField]:
     kinds = _kinds_by_kernel(spec)
     stated = (spec.kernels[name].macs_per_cycle for name in kinds)
     if spec.cost is None and not spec.clocks and not spec.memories and all(value is None for value in stated):
-        yield _left(("cost",), None, effect="qhw cost tells multiply-accumulates and bytes; no cycles, time or energy")
+        yield from left_open(
+            ("cost",), None, COMMANDS, effect="qhw cost tells multiply-accumulates and bytes; no cycles, time or energy"
+        )
         return
-    multiplied = {name: found for name, mine in kinds.items() if (found := tuple(k for k in mine if k in MULTIPLIED))}
+    # Their cycles follow from their multiply-accumulates, those of others from their results.
+    multiplied = {
+        name: found for name, mine in kinds.items() if (found := tuple(k for k in mine if k in SUMMING_KINDS))
+    }
     for name, mine in multiplied.items():
-        yield from _open(("kernels", name, "macs_per_cycle"), spec.kernels[name].macs_per_cycle, mine)
+        value = spec.kernels[name].macs_per_cycle
+        yield from left_open(("kernels", name, "macs_per_cycle"), value, COMMANDS, kinds=mine)
     every = tuple(dict.fromkeys(kind for mine in multiplied.values() for kind in mine))
-    rest = tuple(dict.fromkeys(kind for mine in kinds.values() for kind in mine if kind not in MULTIPLIED))
-    cost = spec.cost
-    if every:
-        yield from _open(("cost", "channel_multiple"), cost.channel_multiple if cost else None, every)
-    if rest:
-        yield from _open(("cost", "elementwise_per_cycle"), cost.elementwise_per_cycle if cost else None, rest)
+    rest = tuple(dict.fromkeys(kind for mine in kinds.values() for kind in mine if kind not in SUMMING_KINDS))
+    cost = spec.cost or Cost()
+    for field, mine in (("channel_multiple", every), ("elementwise_per_cycle", rest)):
+        if mine:
+            yield from left_open(("cost", field), getattr(cost, field), COMMANDS, kinds=mine)
     yield from _of_memories(spec)
     if not spec.clocks:
-        yield _left(("clocks",), None, effect="qhw cost tells no time and no energy")
+        yield from left_open(("clocks",), None, COMMANDS, effect="qhw cost tells no time and no energy")
     elif len(spec.clocks) > 1 and all(clock.is_default is not True for clock in spec.clocks.values()):
-        yield _left(("clocks", "*", "is_default"), None, effect="qhw cost needs --clock")
+        yield from left_open(("clocks", "*", "is_default"), None, COMMANDS, effect="qhw cost needs --clock")
     for preset, clock in spec.clocks.items():
-        yield from _effect(("clocks", preset, "clock_hz"), clock.clock_hz, f"qhw cost tells no time at clock {preset}")
-    yield from _effect(("cost", "power_w"), cost.power_w if cost else None, "qhw cost tells no energy")
+        effect = f"qhw cost tells no time at clock {preset}"
+        yield from left_open(("clocks", preset, "clock_hz"), clock.clock_hz, COMMANDS, effect=effect)
+    yield from left_open(("cost", "power_w"), cost.power_w, COMMANDS, effect="qhw cost tells no energy")
 
 
 def _kinds_by_kernel(spec: TargetSpec) -> dict[str, tuple[str, ...]]:
@@ -52,36 +56,23 @@ def _kinds_by_kernel(spec: TargetSpec) -> dict[str, tuple[str, ...]]:
 
 def _of_memories(spec: TargetSpec) -> Iterator[OpenField]:
     if not spec.memories:
-        yield _left(("memories",), None, effect="qhw cost does not know what memories bound")
+        effect = "qhw cost does not know what memories bound"
+        yield from left_open(("memories",), None, COMMANDS, effect=effect)
     last = next(reversed(spec.memories), None)
     for name, memory in spec.memories.items():
-        what = f"qhw cost does not know what memory {name}"
-        yield from _effect(("memories", name, "holds"), memory.holds, f"{what} holds")
-        given = all(_by_clock(spec, preset, name) for preset in spec.clocks) and bool(spec.clocks)
-        for field in () if given else ("bandwidth_bytes_per_s", "ports"):
-            yield from _effect(("memories", name, field), getattr(memory, field), f"{what} bounds")
+        needed = {"holds": "holds"}
+        if not spec.clocks or not all(_by_clock(spec, preset, name) for preset in spec.clocks):
+            needed |= {"bandwidth_bytes_per_s": "bounds", "ports": "bounds"}
         if name != last:
-            yield from _effect(("memories", name, "capacity_bytes"), memory.capacity_bytes, f"{what} passes on")
+            needed["capacity_bytes"] = "passes on"
             if isinstance(memory.capacity_bytes, int):
-                effect = f"{what} does with more than its capacity"
-                yield from _effect(("memories", name, "past_capacity"), memory.past_capacity, effect)
+                needed["past_capacity"] = "does with more than its capacity"
+        for field, does in needed.items():
+            effect = f"qhw cost does not know what memory {name} {does}"
+            yield from left_open(("memories", name, field), getattr(memory, field), COMMANDS, effect=effect)
 
 
 def _by_clock(spec: TargetSpec, preset: str, memory: str) -> bool:
     """Whether a clock preset states the bandwidth of a memory."""
     stated = spec.clocks[preset].bandwidth_bytes_per_s
     return isinstance(stated, dict) and memory in stated
-
-
-def _open(path: Path, value: object, kinds: tuple[str, ...]) -> Iterator[OpenField]:
-    if value is None or value == UNKNOWN:
-        yield _left(path, value, kinds)
-
-
-def _effect(path: Path, value: object, effect: str) -> Iterator[OpenField]:
-    if value is None or value == UNKNOWN:
-        yield _left(path, value, effect=effect)
-
-
-def _left(path: Path, value: object, kinds: tuple[str, ...] = (), effect: str = "") -> OpenField:
-    return OpenField(path, "absent" if value is None else UNKNOWN, kinds, COMMANDS, effect=effect)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenField: a field that decides something and that a target leaves open."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qhw.schema.base import Path
+from qhw.schema.base import UNKNOWN, Path
 from qhw.schema.words import joined
 
-__all__ = ["OpenField"]
+__all__ = ["OpenField", "left_open"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,17 @@ class OpenField:
             return f"{self.value}: {self.effect}"
         about = f" for {joined(self.kinds)}" if self.kinds else ""
         return f"{self.value}: {joined(self.commands)} cannot answer{about}{f', {self.where}' if self.where else ''}"
+
+
+def left_open(
+    path: Path,
+    value: object,
+    commands: tuple[str, ...],
+    *,
+    kinds: tuple[str, ...] = (),
+    where: str = "",
+    effect: str = "",
+) -> Iterator[OpenField]:
+    """The field, where its value is absent or unknown; the rest as in `OpenField`."""
+    if value is None or value == UNKNOWN:
+        yield OpenField(path, "absent" if value is None else UNKNOWN, kinds, commands, where, effect)

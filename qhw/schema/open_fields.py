@@ -9,8 +9,8 @@ from qhw.schema.base import UNKNOWN, Path, Table, leaves
 from qhw.schema.kernels import Kernel
 from qhw.schema.marks import recorded_fields
 from qhw.schema.open_costs import open_costs
-from qhw.schema.open_field import OpenField
-from qhw.schema.operators import WEIGHTED_KINDS, Approximation, Operator
+from qhw.schema.open_field import OpenField, left_open
+from qhw.schema.operators import SUMMING_KINDS, WEIGHTED_KINDS, Approximation, Operator
 from qhw.schema.spec import TargetSpec
 
 __all__ = ["FUNCTION_KINDS", "open_fields"]
@@ -59,8 +59,7 @@ def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
 
 
 def _open(path: Path, value: object, commands: tuple[str, ...] = EXACT, where: str = "") -> Iterator[OpenField]:
-    if value is None or value == UNKNOWN:
-        yield OpenField(path, "absent" if value is None else UNKNOWN, (), commands, where)
+    return left_open(path, value, commands, where=where)
 
 
 def _unknown(path: Path, table: Table, handled: tuple[str, ...] = (), where: str = "") -> Iterator[OpenField]:
@@ -74,7 +73,7 @@ def _unknown(path: Path, table: Table, handled: tuple[str, ...] = (), where: str
 
 def _of_kernel(spec: TargetSpec, kind: str, operator: Operator, name: str) -> Iterator[OpenField]:
     kernel = spec.kernels[name]
-    if kind in WEIGHTED or kind == "MatMul":
+    if kind in SUMMING_KINDS:
         yield from _of_sum(spec, kernel, name, SUMS if kind in WEIGHTED else EXACT)
     if kind in WEIGHTED:
         yield from _of_bias(spec, kernel, name)
@@ -235,9 +234,7 @@ def _of_target(spec: TargetSpec) -> Iterator[OpenField]:
     """What is not about an operator: who takes the artefact, and who runs it."""
     artefact = spec.artefact
     exporter, executor = (None, None) if artefact is None else (artefact.exporter, artefact.executor)
-    if exporter is None:
-        effect = "qhw quantize writes a portable artefact, not the toolchain's own"
-        yield OpenField(("artefact", "exporter"), "absent", (), ("qhw quantize",), effect=effect)
-    if executor is None:
-        effect = "qhw verify cannot run the artefact, and compares with the simulation alone"
-        yield OpenField(("artefact", "executor"), "absent", (), ("qhw verify",), effect=effect)
+    effect = "qhw quantize writes a portable artefact, not the toolchain's own"
+    yield from left_open(("artefact", "exporter"), exporter, ("qhw quantize",), effect=effect)
+    effect = "qhw verify cannot run the artefact, and compares with the simulation alone"
+    yield from left_open(("artefact", "executor"), executor, ("qhw verify",), effect=effect)

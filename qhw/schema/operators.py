@@ -26,6 +26,7 @@ from qhw.schema.base import (
 __all__ = [
     "ATTRIBUTES",
     "PLANNED_LIMITS",
+    "SUMMING_KINDS",
     "WEIGHTED_KINDS",
     "Approximation",
     "Attribute",
@@ -39,6 +40,9 @@ __all__ = [
 
 WEIGHTED_KINDS = ("Conv", "DepthwiseConv", "ConvTranspose", "Gemm")
 """Kinds that sum products of an input with weights of the model."""
+
+SUMMING_KINDS = (*WEIGHTED_KINDS, "MatMul")
+"""Kinds that sum products, of two activations, too."""
 
 Real = Annotated[float, Says("a number")]
 Attribute = Literal[

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qhw.engine import QuantizedModel
 from qhw.errors import IntegerError
-from qhw.graph import WEIGHTED_KINDS
+from qhw.graph import SUMMING_KINDS, WEIGHTED_KINDS
 from qhw.integer.accumulate import wrapped
 from qhw.integer.arithmetic import Requantization
 from qhw.integer.codes import Codes, is_one_grid
@@ -148,7 +148,7 @@ class _Collected:
         form, site = self._run.form, self._site
         if form.accumulate is None:
             return None
-        if site.operator.kind in (*WEIGHTED_KINDS, "MatMul") and not is_plain_sum(site):
+        if site.operator.kind in SUMMING_KINDS and not is_plain_sum(site):
             raise IntegerError(
                 f"{site.name}: its golden vectors cannot be written yet: its sums depend on their order, or its bias "
                 "is not added as stored."
