@@ -259,8 +259,8 @@ class OnnxArtefact:
         """A value or a constant, on the grid that it has."""
         if name in self._data:
             return self._use(name)
-        held = self._constants.constant(name)
-        return Use(name, self.encodings.get(name) or held.encoding, held.shape)
+        held = self._parameter(name) or Constant(name)
+        return Use(name, held.encoding, held.shape)
 
     def _plain(self, node: onnx.NodeProto) -> None:
         given = attributes_of(node)

@@ -10,7 +10,9 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from qhw.numerics import FloatElements, PerAxis, PerGroup, PerTensor, QParams, quantize
+from qhw.numerics.float_elements import BFLOAT16, FLOAT16
 from qhw_plugins.onnx_builder import Builder, packed
+from qhw_plugins.onnx_stored import SMALL_FLOATS
 
 __all__ = ["Storage", "dequantized", "implies", "quantized", "storage_of"]
 
@@ -73,13 +75,13 @@ _STORAGES = tuple(
 _FLOATS = tuple(
     Storage(name, getattr(TensorProto, name.upper()), np.uint8, 0, 2**elements.bits - 1, opset, elements)
     for name, elements, opset in (
-        ("float4e2m1", FloatElements(2, 1, 6.0), 23),
-        ("float8e4m3fn", FloatElements(4, 3, 448.0), 19),
-        ("float8e4m3fnuz", FloatElements(4, 3, 240.0, exponent_bias=8), 19),
-        ("float8e5m2", FloatElements(5, 2, 57344.0), 19),
-        ("float8e5m2fnuz", FloatElements(5, 2, 57344.0, exponent_bias=16), 19),
-        ("float16", FloatElements(5, 10, 65504.0), 13),
-        ("bfloat16", FloatElements(8, 7, 255 * 2.0**120), 13),
+        ("float4e2m1", SMALL_FLOATS["float4e2m1"], 23),
+        ("float8e4m3fn", SMALL_FLOATS["float8e4m3fn"], 19),
+        ("float8e4m3fnuz", SMALL_FLOATS["float8e4m3fnuz"], 19),
+        ("float8e5m2", SMALL_FLOATS["float8e5m2"], 19),
+        ("float8e5m2fnuz", SMALL_FLOATS["float8e5m2fnuz"], 19),
+        ("float16", FLOAT16, 13),
+        ("bfloat16", BFLOAT16, 13),
     )
 )
 _INT32 = Storage("int32", TensorProto.INT32, np.int32, -(2**31), 2**31 - 1, 13)

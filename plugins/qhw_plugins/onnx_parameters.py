@@ -2,7 +2,6 @@
 """Constants of an ONNX graph, and the grids that scales and zero points make of them."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +159,8 @@ class Parameters:
         if encoding.is_dynamic:
             return Constant(reals, tuple(array.shape), encoding)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            scale = np.float32(_spread(encoding.scale, encoding, array.shape))
-            zero = _spread(encoding.zero_point, encoding, array.shape)
+            scale = np.float32(encoding.spread(encoding.scale, array.shape))
+            zero = encoding.spread(encoding.zero_point, array.shape)
             exact = array.astype(np.float32) / scale
             if encoding.elements is not None:
                 patterns = encoding.elements.encode(encoding.elements.round_to(torch.from_numpy(exact)))
@@ -169,17 +168,6 @@ class Parameters:
             steps = np.rint(exact)
             codes = np.clip(np.nan_to_num(steps.astype(np.float64)) + zero, encoding.quant_min, encoding.quant_max)
         return Constant(reals, tuple(array.shape), encoding, codes=codes.astype(np.int64))
-
-
-def _spread(values: NDArray[Any], e: Encoding, shape: Sequence[int]) -> NDArray[Any]:
-    """Scales or zero points so that they broadcast against the tensor."""
-    if e.axis is None:
-        return values
-    if e.block_size is not None:
-        return np.repeat(values, e.block_size, axis=e.axis)[tuple(slice(size) for size in shape)]
-    layout = [1] * len(shape)
-    layout[e.axis] = -1
-    return values.reshape(layout)
 
 
 def _dynamic(kind: CodeType) -> Encoding:

@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 from qhw.errors import ArtefactError
 from qhw.numerics import FloatElements
 
-__all__ = ["CODE_TYPES", "REALS", "CodeType", "array_of", "read_model_bytes", "type_name"]
+__all__ = ["CODE_TYPES", "REALS", "SMALL_FLOATS", "CodeType", "array_of", "read_model_bytes", "type_name"]
 
 MAX_BYTES = 2**31
 _MAX_ELEMENTS = 2**33
@@ -33,7 +33,7 @@ _INTEGERS = (
     ("int2", 2), ("uint2", 2), ("int4", 4), ("uint4", 4), ("int8", 8), ("uint8", 8),
     ("int16", 16), ("uint16", 16), ("int32", 32), ("uint32", 32), ("int64", 64), ("uint64", 64),
 )  # fmt: skip
-_FLOATS = {
+SMALL_FLOATS = {
     "float8e4m3fn": FloatElements(4, 3, 448.0),
     "float8e4m3fnuz": FloatElements(4, 3, 240.0, exponent_bias=8),
     "float8e5m2": FloatElements(5, 2, 57344.0),
@@ -42,11 +42,13 @@ _FLOATS = {
     "float6e3m2": FloatElements(3, 2, 28.0),
     "float4e2m1": FloatElements(2, 1, 6.0),
 }
+"""By the names of ONNX, in lower case."""
+
 CODE_TYPES: dict[int, CodeType] = {
     getattr(TensorProto, kind.name.upper()): kind
     for kind in (
         *(CodeType(name, bits, name.startswith("int")) for name, bits in _INTEGERS),
-        *(CodeType(name, elements.bits, True, elements) for name, elements in _FLOATS.items()),
+        *(CodeType(name, elements.bits, True, elements) for name, elements in SMALL_FLOATS.items()),
     )
     if hasattr(TensorProto, kind.name.upper())  # the installed onnx may be older
 }

@@ -51,7 +51,7 @@ class OnnxRuntime(Executor):
             ExportError: onnxruntime refuses the file, or later an input.
         """
         model, codes = _with_codes(artefact)
-        session = _session(model.SerializeToString(), str(artefact))
+        session = _session(model, str(artefact))
         first = len(session.get_outputs()) - len(codes)
 
         def run(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,7 +78,7 @@ def optimized_operators(artefact: Path, folder: Path, *, codes: bool = False) ->
     import onnx
 
     optimized = folder / "optimized.onnx"
-    model = _with_codes(artefact)[0].SerializeToString() if codes else str(artefact)
+    model = _with_codes(artefact)[0] if codes else str(artefact)
     _session(model, str(artefact), optimized)
     return Counter(node.op_type for node in onnx.load(optimized).graph.node)
 
@@ -110,7 +110,8 @@ def _run(session: Any, values: Mapping[str, np.ndarray], where: str) -> list[np.
         raise ExportError(f"{where}: onnxruntime fails: {_first_line(error)}") from error
 
 
-def _session(model: str | bytes, where: str, optimized: Path | None = None) -> Any:
+def _session(model: Any, where: str, optimized: Path | None = None) -> Any:
+    """A session of a model: the path of a file, or an `onnx.ModelProto`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -124,26 +125,26 @@ def _session(model: str | bytes, where: str, optimized: Path | None = None) -> A
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, str) else model.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own, not exported as one base
         raise ExportError(f"{where}: onnxruntime refuses it: {_first_line(error)}") from error
 
 
-def _quantizes_to_floats(model: str | bytes) -> bool:
+def _quantizes_to_floats(model: Any) -> bool:
     """Whether a zero point, and with it the type of codes, is a small float."""
     import onnx
 
+    from qhw_plugins.onnx_stored import CODE_TYPES
+
     try:
-        graph = (
-            onnx.load(model, load_external_data=False) if isinstance(model, str) else onnx.ModelProto.FromString(model)
-        ).graph
+        graph = (onnx.load(model, load_external_data=False) if isinstance(model, str) else model).graph
     except Exception:  # no model: onnxruntime says so in its own words
         return False
     zeros = {node.input[2] for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
-    names = onnx.TensorProto.DataType.items()
-    floats = {number for name, number in names if name.startswith(("FLOAT8", "FLOAT6", "FLOAT4"))}
-    return any(tensor.name in zeros and tensor.data_type in floats for tensor in graph.initializer)
+    kinds = (CODE_TYPES.get(tensor.data_type) for tensor in graph.initializer if tensor.name in zeros)
+    return any(kind is not None and kind.elements is not None for kind in kinds)
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,8 +36,7 @@ def check(
     """Judge whether a quantized model keeps to what a target states; list each violation with clause and fix.
 
     What the target leaves unknown is no violation: it is listed as what cannot be judged. So is what it states and no
-    check looks at. Exit status 1 where
-    something is broken, 0 where nothing is, 2 where the file cannot be read.
+    check looks at. Exit status 1 where something is broken, 0 where nothing is, 2 where the file cannot be read.
 
     Example: qhw check model.onnx --target espressif/esp32-p4
     """

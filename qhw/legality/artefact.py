@@ -55,6 +55,16 @@ class Encoding:
         """Whether a code is a small float, not an integer."""
         return self.elements is not None
 
+    def spread(self, values: Numbers, shape: Sequence[int]) -> Numbers:
+        """Scales or zero points so that they broadcast against a tensor of a shape on this grid."""
+        if self.axis is None:
+            return values
+        if self.block_size is not None:
+            return np.repeat(values, self.block_size, axis=self.axis)[tuple(slice(size) for size in shape)]
+        layout = [1] * len(shape)
+        layout[self.axis] = -1
+        return values.reshape(layout)
+
     def same_grid(self, other: "Encoding") -> bool:
         """Whether a code means the same real on both, and both have the same codes."""
         kinds = [(e.bits, e.signed, e.is_dynamic, _layout(e.elements)) for e in (self, other)]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qhw.graph import Operator as GraphOperator
 from qhw.graph.cell import TWO_OPERANDS
-from qhw.legality.artefact import ArtefactOperator, Constant, Encoding, Use
+from qhw.legality.artefact import ArtefactOperator, Constant, Use
 from qhw.legality.formats import Operand
 from qhw.schema import Kernel, TargetSpec
 from qhw.schema import Operator as OperatorSpec
@@ -92,7 +92,9 @@ class Site:
             return None
         if weight.encoding.is_float:
             return None
-        codes = weight.codes.astype(np.int64) - _spread(weight.encoding, weight.codes.shape)
+        codes = weight.codes.astype(np.int64)
+        if weight.encoding.zero_point.any():
+            codes -= weight.encoding.spread(weight.encoding.zero_point, codes.shape)
         rows = np.moveaxis(codes, axis, 0)
         if order is not None and self.operator.input_axis is not None and codes.ndim > 2:
             inner = self.operator.input_axis + (1 if self.operator.input_axis < axis else 0)
@@ -110,18 +112,6 @@ class Site:
         if values.ndim == 0 or values.size == channels or channels % values.size:
             return values
         return np.tile(values, channels // values.size)  # grouped and transposed: groups share the scales
-
-
-def _spread(encoding: Encoding, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    """Zero points so that they broadcast against the codes."""
-    zeros = encoding.zero_point
-    if zeros.ndim == 0 or not zeros.any():
-        return zeros if zeros.ndim == 0 else np.zeros((), np.int64)
-    if encoding.block_size is not None and encoding.axis is not None:
-        return np.repeat(zeros, encoding.block_size, axis=encoding.axis)[tuple(slice(n) for n in shape)]
-    layout = [1] * len(shape)
-    layout[encoding.axis or 0] = -1
-    return zeros.reshape(layout)
 
 
 def graph_operator(operator: ArtefactOperator) -> GraphOperator:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qhw.errors import ArtefactError
+from qhw.legality import encoding_of
+from qhw.numerics import FloatElements
 from tests.quantized_files import OnnxFile, gemm_file, grid
 
 Broken = Callable[..., set[tuple[str, str]]]
@@ -182,3 +185,17 @@ def test_a_largest_float_that_is_not_published_is_left_open(judged: Any) -> None
     report = judged(of_weight(), FLOATS | {"formats.w8.finite_max": "unknown"})
     assert report.is_legal
     assert [one.clause for one in report.unjudged] == ["formats.w8.finite_max"]
+
+
+def test_a_small_float_has_no_zero_point() -> None:
+    e4m3 = FloatElements(4, 3, 448.0)
+    with pytest.raises(ArtefactError, match=r"^m: the zero point of float8 must be 0\. Quantize the model again\.$"):
+        encoding_of("m", 0.5, 3, bits=8, signed=True, type="float8", elements=e4m3)
+
+
+def test_blocks_have_a_scale_each() -> None:
+    message = (
+        r"^m: needs scales of shape \[4, 2\], one for each 4 along axis 1; got \[4, 3\]\. Quantize the model again\.$"
+    )
+    with pytest.raises(ArtefactError, match=message):
+        encoding_of("m", np.ones((4, 3)), 0, bits=8, signed=True, axis=1, block_size=4, shape=(4, 7))
