@@ -9,8 +9,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from qhw.numerics import FloatElements, PerAxis, PerGroup, PerTensor, QParams, quantize
-from qhw.numerics.float_elements import BFLOAT16, FLOAT16
+from qhw.numerics import BFLOAT16, FLOAT16, FloatElements, PerAxis, PerGroup, PerTensor, QParams, quantize
 from qhw_plugins.onnx_builder import Builder, packed
 from qhw_plugins.onnx_stored import SMALL_FLOATS
 

@@ -7,7 +7,7 @@ from qhw.numerics.clusters import cluster_rows
 from qhw.numerics.dynamic_quantizer import DynamicQuantizer
 from qhw.numerics.elements import ElementSet, ListedElements
 from qhw.numerics.fake_quantizer import FakeQuantizer
-from qhw.numerics.float_elements import FloatElements
+from qhw.numerics.float_elements import BFLOAT16, FLOAT16, FloatElements
 from qhw.numerics.fma import fma_float32
 from qhw.numerics.folded_norm import FoldedBatchNorm
 from qhw.numerics.granularity import Granularity, PerAxis, PerGroup, PerTensor, expand, parameter_shape, range_of
@@ -27,6 +27,8 @@ from qhw.numerics.rounding import ROUNDING_RULES, Rounding, round_real, shift_ri
 from qhw.numerics.statistics import Histogram, MinMax, MinMaxSeries, percentile_range_of, running_average
 
 __all__ = [
+    "BFLOAT16",
+    "FLOAT16",
     "LARGEST_FLOAT",
     "ROUNDING_RULES",
     "SMALLEST_NORMAL",
