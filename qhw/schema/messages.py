@@ -16,6 +16,9 @@ __all__ = ["MAX_ERRORS", "describe", "field_type", "members", "one_line", "probl
 
 MAX_ERRORS = 1000  # a file with more is broken as a whole; words for each would take minutes
 
+TIES = ("nearest", "round", "round_nearest", "half", "half_up", "round_half_up", "rounding", "standard")
+"""Words for roundings to nearest that do not say where ties go."""
+TRUTH = ("true", "false")
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -113,15 +116,53 @@ def _bad_value(model: type[BaseModel], path: Path, data: Any) -> str:
         data = data[part]
     steps = tuple(_steps(model, path)) if path else (model,)
     allowed = describe(Union[steps]) if steps else "something else"  # noqa: UP007
+    hint = _advice(model, path, steps, data)
+    return f"must be {allowed}; got {shown(data)}.{' ' if hint else ''}{hint}"
+
+
+def _advice(model: type[BaseModel], path: Path, steps: tuple[Any, ...], data: Any) -> str:
+    """How to write what was probably meant, one sentence; empty where nothing tells."""
+    types = [get_args(step)[0] if get_origin(step) is Annotated else step for step in steps]
     words = [word for step in steps for word in _words(step)]
-    hint = ""
-    if isinstance(data, str):
-        near = closest(data, words)
-        is_number = data.strip().lstrip("-").isdigit()
-        hint = f" Closest: {near}." if near else " Remove the quotes." if is_number else ""
-    elif isinstance(data, float) and data.is_integer() and "integer" in allowed:
-        hint = f" Write {int(data)}."
-    return f"must be {allowed}; got {shown(data)}.{hint}"
+    if isinstance(data, str) and data.lower() in TIES and "half_even" in words:
+        return "Say where ties go: half_even, half_away_from_zero or half_to_plus_infinity."
+    if isinstance(data, str) and (near := closest(data, words)):
+        return f"Closest: {near}."
+    table = next((step for step in types if _is_model(step)), None)
+    if table is not None and not isinstance(data, dict | list) and _is_below_ids(model, path, table):
+        return f"A name comes before it: {'.'.join(map(str, path[:-1]))}.<name>.{path[-1]}."
+    if any(get_origin(step) is tuple for step in types) and not isinstance(data, dict | list):
+        plain = data.strip() if isinstance(data, str) else data
+        return f"Write [{plain if _is_number(plain) else shown(data)}]."
+    if table is not None and not isinstance(data, dict):
+        kinds = _words(field_type(table.model_fields["kind"])) if "kind" in table.model_fields else []
+        if data in kinds:
+            return f"Write {{ kind = {shown(data)} }}."
+        return f"Fields of it: {', '.join(name for name in table.model_fields if name != 'source')}."
+    keyed = next((step for step in types if get_origin(step) is dict), None)
+    if keyed is not None and not isinstance(data, dict):
+        return f"Write {{ <name> = {shown(data)} }}, a name being {describe(get_args(keyed)[0])}."
+    if isinstance(data, list) and len(data) == 1 and isinstance(data[0], str) and (str in types or words):
+        return f"Write {shown(data[0])}."
+    if isinstance(data, str) and ((_is_number(data) and {int, float} & {*types}) or (bool in types and data in TRUTH)):
+        return "Remove the quotes."
+    if isinstance(data, float) and data.is_integer() and "integer" in describe(Union[steps]):  # noqa: UP007
+        return f"Write {int(data)}."
+    return ""
+
+
+def _is_below_ids(model: type[BaseModel], path: Path, table: type[BaseModel]) -> bool:
+    """Whether a field of a table stands where the name of such a table belongs, as in `formats.bits = 8`."""
+    above = _steps(model, path[:-1]) if path else ()
+    return any(get_origin(step) is dict for step in above) and path[-1] in table.model_fields
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(text, bool)
 
 
 def _words(annotation: Any) -> list[str]:
