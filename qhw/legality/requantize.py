@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from qhw.legality.accumulators import largest_sums
+from qhw.legality.alignment import alignment_findings
 from qhw.legality.finding import Finding, unknown
 from qhw.legality.ratios import Ratio, ratios
 from qhw.legality.scales import is_power_of_two
@@ -26,6 +27,7 @@ def requantize_findings(site: Site, kernel: str) -> Iterator[Finding]:
             yield unknown(f"kernels.{kernel}.requantize", why)
         return
     path, rule = f"requantize.{name}", site.target.requantize[name]
+    yield from alignment_findings(site, kernel, path, rule)
     found = list(ratios(site, kernel, rule, largest_sums(site)))
     if not found:
         return
@@ -39,6 +41,8 @@ def requantize_findings(site: Site, kernel: str) -> Iterator[Finding]:
             if not bool(exact.all()):
                 got = f"a ratio of {float(np.atleast_1d(ratio.value)[np.atleast_1d(~exact)][0]):.9g}"
                 fix = "Put all scales on powers of two."
+                if not bool(is_power_of_two(np.asarray(ratio.count))):
+                    fix = f"A mean of {ratio.count} needs one scale for operand and result here, or the host."
                 yield Finding(f"{path}.kind", 'must be "shift": a power of two', got, fix, ratio.tensor)
         if rule.per == "tensor" and len(np.unique(np.float32(ratio.value))) > 1:
             got = f"{len(np.unique(np.float32(ratio.value)))} ratios"
