@@ -4,6 +4,7 @@
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from qhw.errors import QhwError
@@ -17,18 +18,21 @@ def main() -> None:
     """Run the command line; mistakes end in one line on standard error and exit status 1, never in a traceback.
 
     With `--json` standard output is always one JSON document: what was asked for, or
-    `{"error": {"type": ..., "message": ...}}` beside the line on standard error.
+    `{"error": {"type": ..., "message": ...}}` beside the line on standard error. What the user's modules and plugins
+    print goes to standard error then.
     """
     import typer
 
     from qhw.cli.app import app
+    from qhw.cli.console import one_document
     from qhw.cli.stopped import Interrupted, Unanswered
 
     _quiet_libraries()
     as_json = "--json" in sys.argv[1:]
     usage_error: Any = typer.BadParameter.__bases__[0]  # typer gives the class no public name
     try:
-        status = app(standalone_mode=not as_json)
+        with one_document() if as_json else nullcontext():
+            status = app(standalone_mode=not as_json)
     except Unanswered as stopped:
         _stop("error", stopped.error, 1, as_json, stopped.facts)
     except QhwError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qhw.cli.console import heading, paragraph, print_json
+from qhw.cli.console import heading, paragraph, print_document, print_json
 from qhw.cli.options import AsJson, TargetOption
 from qhw.wording import counted, listed
 
@@ -51,7 +51,7 @@ def check(
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         raise typer.Exit(2) from error
     if as_json:
-        print(report.to_json(), end="")
+        print_document(report.to_json())
     else:
         _show(report)
     if not report.is_legal:

@@ -5,13 +5,14 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["heading", "paragraph", "print_json", "print_table", "warn", "width"]
+__all__ = ["heading", "one_document", "paragraph", "print_document", "print_json", "print_table", "warn", "width"]
 
 _LEFT = 22
 
@@ -52,9 +53,28 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
 
 
+_kept: list[TextIO] = []  # standard output, while it is kept for one document
+
+
+@contextmanager
+def one_document() -> Iterator[None]:
+    """Keep standard output for `print_document`; what others print meanwhile goes to standard error."""
+    _kept.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept.pop()
+
+
+def print_document(text: str) -> None:
+    """A whole document, as JSON, on standard output."""
+    print(text, end="", file=_kept[-1] if _kept else None)
+
+
 def print_json(data: Any) -> None:
     """Facts as JSON on standard output."""
-    print(json.dumps(data, indent=1))
+    print_document(json.dumps(data, indent=1) + "\n")
 
 
 def warn(text: str) -> None:

@@ -47,6 +47,7 @@ def plan(
     Example: qhw plan examples.digits:model --target espressif/esp32-p4 --calibration examples.digits:calibration
     """
     import qhw
+    from qhw.cli.console import print_document
     from qhw.cli.show_plan import show_plan
     from qhw.cli.sources import load_calibration, load_model
     from qhw.roofline import estimate
@@ -59,7 +60,7 @@ def plan(
     if out is not None:
         _write(out, made.to_json())
     if as_json:
-        print(made.to_json(), end="")
+        print_document(made.to_json())
     else:
         _warn_unsavable(graph)
         show_plan(made, spec, model, None if data is None else data.num_samples, estimate(graph, made, spec))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qhw.cli.console import heading, paragraph
+from qhw.cli.console import heading, paragraph, print_document
 from qhw.cli.options import AsJson, TargetArgument
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def show(name: TargetArgument, part: PartArgument = None, as_json: AsJson = Fals
     if part is not None:
         sections = _part(spec.name, sections, part)
     if as_json:
-        print(to_json(spec) if part is None else json.dumps(sections, indent=2, ensure_ascii=False) + "\n", end="")
+        print_document(to_json(spec) if part is None else json.dumps(sections, indent=2, ensure_ascii=False) + "\n")
         return
     if part is None:
         _show_head(spec)

@@ -406,6 +406,33 @@ def test_with_json_an_error_is_an_object_too(
         assert ran.err == plain.err == f"error: {error['message']}\n"
 
 
+NOISY = """
+import net
+
+print("importing the model")
+
+
+def model():
+    print("making the model")
+    return net.model()
+
+
+def batches():
+    print("reading data")
+    yield from net.batches()
+"""
+
+
+def test_with_json_what_the_users_modules_print_goes_to_standard_error(qhw_run: Run, folder: Path) -> None:
+    (folder / "noisy.py").write_text(NOISY)
+    sys.modules.pop("noisy", None)
+    ran = qhw_run("plan", "noisy:model", "--target", "tiny.toml", "--calibration", "noisy:batches", "--json")
+    assert json.loads(ran.out)["target"] == "acme/tiny", ran.err
+    assert "importing the model\nmaking the model\n" in ran.err
+    failed = qhw_run("plan", "noisy:model", "--target", "none.toml", "--json")
+    assert json.loads(failed.out)["error"]["type"] == "TargetError"
+
+
 def test_with_json_an_interrupt_is_an_object_too(qhw_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     import qhw.api
 
