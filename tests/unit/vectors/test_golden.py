@@ -432,6 +432,14 @@ def compiler() -> str:
     return found
 
 
+def test_the_page_says_what_every_rule_computes() -> None:
+    """Who recomputes vectors without `check.py` has the manifest and `docs/integer.md`."""
+    page = Path("docs/integer.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    told = {name for row in rows for name in row.replace("`", "").replace(",", "").split()}
+    assert set(golden_check.RULES) <= told
+
+
 def test_the_header_is_c99_without_a_warning(written: Path) -> None:
     command = [compiler(), "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only"]
     ran = subprocess.run([*command, str(written / "vectors.h")], capture_output=True, text=True)
