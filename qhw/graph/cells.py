@@ -77,6 +77,8 @@ def find_cells(graph: Graph, target: TargetSpec, wishes: Wishes) -> Cells:
         elif name in anchors:
             cell = anchors[name]
             placed[name] = _placement(operator, "accelerator", f"{cell.path}.kernels", "", cell.members)
+        elif not operator.inputs:
+            placed[name] = _placement(operator, "accelerator", "graph", "the same parameters for each sample")
         elif name in hosted:
             placed[name] = _placement(operator, "host", *hosted[name])
         elif operator.is_view:
@@ -214,7 +216,7 @@ class _Reader:
         for operator in self._graph.operators:
             if operator.name in self._hosted:
                 self.refused[operator.name] = self._hosted[operator.name]
-            if operator.name in taken or operator.name in self._absorbed or operator.is_view:
+            if operator.name in taken or operator.name in self._absorbed or operator.is_view or not operator.inputs:
                 continue
             cell = self._cell(operator)
             if isinstance(cell, Cell):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from qhw.errors import CaptureError, PlanError, RangeError
 from qhw.graph.copying import copied
 from qhw.graph.operator import Operator, data_nodes, describe, target_name, value_name
-from qhw.graph.rebuild import assign, fetch
+from qhw.graph.tensors import assign, fetch, holds
 
 __all__ = ["Graph"]
 
@@ -120,13 +120,6 @@ class Graph:
         except AttributeError as error:
             raise CaptureError(f"graph: no tensor '{name}'.") from error
 
-    def _holds(self, name: str) -> bool:
-        try:
-            fetch(self.module, name)
-        except AttributeError:
-            return False
-        return True
-
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Overwrite a parameter or buffer in place, keeping its identity (shared parameters stay shared).
 
@@ -145,7 +138,7 @@ class Graph:
             return operator.bias
         name = f"{(operator.weight or operator.node).rpartition('.')[0]}.bias".lstrip(".")
         shared = operator.weight is not None and self.weight_users(operator.weight)[0].name != operator.name
-        return f"{operator.node}_bias" if shared or self._holds(name) else name
+        return f"{operator.node}_bias" if shared or holds(self.module, name) else name
 
     def add_bias(self, operator: Operator, value: Tensor) -> str:
         """Give a convolution or linear operator a bias; returns its name in the state dict.

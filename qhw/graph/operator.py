@@ -15,6 +15,7 @@ from qhw.graph.structure import structure_of
 __all__ = ["Operator", "data_nodes", "describe", "is_constant", "target_name", "value_name"]
 
 _BINARY = frozenset({"Add", "Sub", "Mul", "Div", "Max", "Min"})
+_LIKE = frozenset(f"aten.{name}.default" for name in ("zeros_like", "ones_like", "new_zeros", "new_ones"))
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Operator:
         kind: As in `qhw.graph.kinds`; `Unknown` for an operator that the table lacks.
         node: Name of its node in the fx graph.
         inputs: The values it reads that are not parameters: names of operators or of graph inputs. A value that it
-            reads twice stands twice.
+            reads twice stands twice. None where it only spreads parameters over the batch, as of a class token.
         weight: Name of its constant operand in the state dict.
         bias: Name of its bias in the state dict.
         weight_axis: Axis of the output channels in the weight; None where there is none, or no weight.
@@ -53,7 +54,7 @@ class Operator:
     @property
     def is_view(self) -> bool:
         """Whether its output is its input seen otherwise, so that both are one quantized tensor."""
-        return self.kind in VIEW_KINDS and not self.attributes.get("of_tuple")
+        return self.kind in VIEW_KINDS and bool(self.inputs) and not self.attributes.get("of_tuple")
 
 
 def is_constant(argument: object) -> bool:
@@ -69,16 +70,26 @@ def value_name(node: fx.Node) -> str:
 
 
 def data_nodes(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes whose value depends on the model's inputs: the inputs, and what is computed from them.
+    """Nodes that hold values of the model's run: its inputs, what is computed from them, and what a batch spreads.
 
-    Shape arithmetic is none, nor is what follows from it or from parameters alone (positions 0 .. n-1).
+    Shape arithmetic is none, nor is what follows from it as integers (positions 0 .. n-1) or from parameters alone.
+    Real numbers that depend on the size of the batch are: a class token for each sample, a table read at zeros.
     """
     found: set[fx.Node] = set()
+    sized: set[fx.Node] = set()  # values that depend on the sizes of the inputs, not on what they hold
     for node in nodes:
-        if "shape" not in node.meta or node.op in ("get_attr", "output"):
+        if node.op in ("get_attr", "output"):
             continue
-        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+        if "shape" not in node.meta:
+            sized.update({node} if node.op != "placeholder" else ())
+        elif node.op == "placeholder":
             found.add(node)
+        elif target_name(node) in _LIKE and not node.meta["dtype"].startswith("float"):
+            sized.add(node)
+        elif any(source in found for source in node.all_input_nodes):
+            found.add(node)
+        elif any(source in sized for source in node.all_input_nodes):
+            (found if node.meta["dtype"].startswith("float") else sized).add(node)
     return found
 
 
@@ -104,8 +115,10 @@ def describe(
     others = [a for a in node.all_input_nodes if "shape" in a.meta and a not in values]
     values += [a for a in others if a in data]
     parameters = (weight, bias)
-    if kind != "Unknown" and any(
-        a not in data and not (is_constant(a) and str(a.target) in parameters) for a in others
+    if (
+        kind != "Unknown"
+        and values
+        and any(a not in data and not (is_constant(a) and str(a.target) in parameters) for a in others)
     ):
         attributes["computed"] = True
     attributes["rank"] = len(shape)

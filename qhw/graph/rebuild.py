@@ -11,20 +11,24 @@ from torch import Tensor, fx, nn
 
 from qhw.errors import CaptureError
 from qhw.graph.aliases import use_one_name
+from qhw.graph.folding import fold_constants
 from qhw.graph.inplace import remove_inplace
 from qhw.graph.kinds import ATEN_KINDS
 from qhw.graph.maxima import reduce_maxima
+from qhw.graph.numbers import store_numbers
 from qhw.graph.operator import target_name
 from qhw.graph.switches import Switches, layer_path
+from qhw.graph.tensors import assign, fetch
 
-__all__ = ["assign", "fetch", "rebuild"]
+__all__ = ["rebuild"]
 
 
 def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.GraphModule:
     """A plain graph of ATen operators over the model's own tensor names.
 
     Batch norm and dropout come back as submodules that read `self.training`; parameters that the model shares are one
-    parameter here, reachable under all their names. Tensors that the outputs do not depend on are left out.
+    parameter here, reachable under all their names. Tensors that the outputs do not depend on are left out. What
+    parameters alone decide is stored, and so are numbers beside real tensors.
 
     Raises:
         CaptureError: an in-place operator or control flow that a plain graph cannot hold.
@@ -49,39 +53,19 @@ def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.Grap
                 # The same function, and it takes channels-last tensors too, which the convolution before may give.
                 copies[node].target = torch.ops.aten.reshape.default
     remove_inplace(graph)
-    switches, names = Switches(root, model), _Names()
+    origins = {copy: node for node, copy in copies.items()}
+    fold_constants(graph, root, lambda copy: _stored_name(copy, origins))
+    switches, names, left = Switches(root, model), _Names(), set(graph.nodes)
     for node, copy in copies.items():
-        if copy.op == "get_attr":
+        if copy.op == "get_attr" or copy not in left:
             continue
         switches.switch(node, copy)
         names.take(copy, str(node.target) if copy.op == "placeholder" else _operator_name(node, copy))
+    store_numbers(graph, root, lambda copy: _is_real(origins.get(copy)))
     _drop_unused(graph)
     result = fx.GraphModule(root, graph, class_name="QhwGraph")
     _register_aliases(result, aliases)
     return result
-
-
-def assign(root: nn.Module, path: str, value: Tensor | nn.Module) -> None:
-    """Set a parameter, buffer or submodule under a dotted path, making modules on the way."""
-    *parents, leaf = path.split(".")
-    for name in parents:
-        if not hasattr(root, name):
-            root.add_module(name, nn.Module())
-        root = getattr(root, name)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(leaf, value)
-    elif isinstance(value, Tensor):
-        root.register_buffer(leaf, value)
-    else:
-        root.add_module(leaf, value)
-
-
-def fetch(root: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer under a dotted path."""
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[no-any-return]
 
 
 class _Names:
@@ -148,6 +132,23 @@ def _operator_name(node: fx.Node, copy: fx.Node) -> str:
     rule = ATEN_KINDS.get(target_name(copy))
     word = rule.kind.lower() if rule else node.name
     return f"{path}.{word}" if path else word
+
+
+def _stored_name(copy: fx.Node, origins: Mapping[fx.Node, fx.Node]) -> str:
+    """What a stored result is called: a layer's weight or bias where it is one, else after the operator."""
+    for user in copy.users:
+        rule = ATEN_KINDS.get(target_name(user)) if user.op == "call_function" else None
+        path = layer_path(origins[user])[0]
+        for place, word in () if rule is None else ((rule.weight, "weight"), (rule.bias, "bias")):
+            if path and place is not None and copy in user.args[place : place + 1]:
+                return f"{path}.{word}"
+    origin = origins[copy]
+    return re.sub(r"\W", "_", f"{layer_path(origin)[0]}.{origin.name}").strip("_")
+
+
+def _is_real(node: fx.Node | None) -> bool:
+    value = None if node is None else node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _output(exported: torch.export.ExportedProgram, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> Any:

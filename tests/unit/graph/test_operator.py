@@ -198,8 +198,8 @@ ONE = {
     "upsample": (lambda x: F.interpolate(x, scale_factor=2.0), "Resize", {"mode": "nearest"}),
     "cumsum": (lambda x: torch.cumsum(x, 1), "Unknown", {}),
     "spectrum": (torch.fft.fft, "Unknown", {}),
-    "add-number": (lambda x: x + 2, "Add", {"scalar": True}),
-    "divide-by-number": (lambda x: x / 8.0, "Div", {"scalar": True}),
+    "mask-by-number": (lambda x: x * -1e9, "Mul", {"scalar": True}),
+    "divide-number": (lambda x: torch.div(x, 0.0), "Div", {"scalar": True}),
     "dropout": (lambda x: F.dropout(x, 0.5, False), "Dropout", {}),
 }
 
@@ -295,12 +295,23 @@ def test_one_of_several_results_is_no_view():
 
 def test_what_depends_on_no_input_is_no_operator():
     def positions(m, x):
-        return x + m.table[torch.arange(x.shape[1])] * torch.ones(x.shape[0], 1, 1)
+        return x + m.table[torch.arange(x.shape[1])]
 
     graph = capture(function_model(positions, table=torch.randn(9, 4)), torch.randn(3, 7, 4))
     (operator,) = graph.operators
-    assert (operator.kind, operator.inputs, operator.weight) == ("Add", ("inputs_0",), None)
-    assert operator.attributes["computed"]
+    assert (operator.kind, operator.inputs, operator.weight) == ("Add", ("inputs_0",), "index")
+
+
+def test_what_only_the_batch_decides_is_an_operator_without_inputs():
+    def spread(m, x):
+        return x * (m.table * torch.ones(x.shape[0], 1, 1))
+
+    graph = capture(function_model(spread, table=torch.randn(7, 4)), torch.randn(3, 7, 4))
+    assert [(o.kind, o.inputs) for o in graph.operators] == [
+        ("Unknown", ()),
+        ("Mul", ("ones",)),
+        ("Mul", ("inputs_0", "mul")),
+    ]
 
 
 def test_a_weight_that_is_computed_is_no_weight():
@@ -311,8 +322,6 @@ def test_a_weight_that_is_computed_is_no_weight():
     gemm = graph.operators[-1]
     assert (gemm.kind, gemm.weight, gemm.weight_axis) == ("Gemm", None, None)
     assert gemm.inputs[1] == "tanh"
-    normed = last(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))), (3, 4))
-    assert (normed.kind, normed.weight, normed.attributes["computed"]) == ("Gemm", None, True)
 
 
 def test_names_that_collide_with_inputs():

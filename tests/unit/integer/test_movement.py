@@ -164,3 +164,21 @@ def test_a_relu_that_is_fused_behind_a_concatenation_clamps() -> None:
     result = quantized(model, reference.target(), example, {"a": g, "b": g, "result": out})
     assert [o.fused_into for o in result.plan.operators if o.kind == "Relu"] == ["concat"]
     np.testing.assert_array_equal(result_of(IntegerModel(result).codes(*example)), expected)
+
+
+def test_a_class_token_is_quantized_once_and_spread_over_the_batch() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.tensor([[[0.5, -1.0, 40.0]]]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+
+    grid = Grid(0.25, 3)
+    codes = grid.codes(np.random.default_rng(0), 5, 2, 3)
+    spec = reference.target(concat="all")
+    result = quantized(Token(), spec, grid.reals(codes)[:2], {"concat": grid, "x": grid, "expand": grid})
+    found = IntegerModel(result).codes(grid.reals(codes))["concat"].numpy()
+    token = np.tile([5, -1, 127], (5, 1, 1))  # round(x / 0.25) + 3, at most 127
+    np.testing.assert_array_equal(found, np.concatenate([token, codes], 1))
