@@ -152,7 +152,9 @@ class Parameters:
         return Constant(name, shape, encoding, codes=array)
 
     def quantized(self, reals: str, encoding: Encoding) -> Constant:
-        """Real constants behind a QuantizeLinear: round half to even, then saturate."""
+        """Real constants behind a QuantizeLinear: round half to even, then saturate; no codes of computed ones."""
+        if reals not in self._stored:  # a class token that is spread over the batch
+            return Constant(reals, self.shape(reals), encoding)
         array = self.array(reals)
         if array.dtype.kind != "f" and array.dtype.kind not in "iu":
             array = array.astype(np.float32)

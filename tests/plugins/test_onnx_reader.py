@@ -338,6 +338,17 @@ def test_codes_that_a_node_computes(tmp_path: Path) -> None:
     assert "summed: must be stored in the file; it is computed. Fold it first." in refusal(f.write(tmp_path))
 
 
+def test_a_constant_that_a_batch_spreads_is_quantized_behind(read: Read) -> None:
+    """A class token for each sample: its values are in the file, the number of samples is not."""
+    f = OnnxFile()
+    x = f.pair(f.given("x", ["batch", 4, 8]), grid(0.5))
+    sizes = f.op("Concat", [f.op("Shape", ["x"], "size", end=1), f.stored("rest", [1, 8], "int64")], "sizes", axis=0)
+    token = f.pair(f.op("Expand", [f.stored("cls", np.ones((1, 1, 8))), sizes], "token"), grid(0.5))
+    f.gives(f.pair(f.op("Concat", [token, x], "joined", axis=1), grid(0.5)))
+    (concat,) = read(f).operators
+    assert [use.encoding.words() for use in concat.inputs] == ["int8, scale 0.5, zero point 0"] * 2  # type: ignore[union-attr]
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     path = conv_file().write(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"x/q/scale", b"x/q/sc\xff\xfee"))
