@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATen to ONNX: convolution, linear, matrix product, mean over the image, normalization, attention."""
+"""ATen to ONNX: convolution, linear, matrix product, mean over the image, normalization."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,24 +91,6 @@ def _addmm(c: Context, node: fx.Node) -> Value:
 
 def _matmul(c: Context, node: fx.Node) -> Value:
     return c.op("MatMul", c.tensor(node.args[0]), c.tensor(node.args[1]))
-
-
-def _attention(c: Context, node: fx.Node) -> Value:
-    """softmax(q k^T scale + mask) v; what is more than that is left to torch's own exporter."""
-    query, key, value = node.args[:3]
-    mask = argument(node, 3, "attn_mask")
-    if argument(node, 5, "is_causal", False) or node.kwargs.get("enable_gqa") or argument(node, 4, "dropout_p", 0.0):
-        raise NotCovered("causal, grouped or dropout")
-    if isinstance(mask, fx.Node) and mask.meta["dtype"] == "bool":
-        raise NotCovered("bool mask")
-    factor: Any = node.kwargs.get("scale") or 1 / math.sqrt(shape_of(query)[-1])
-    rank = len(shape_of(key))
-    turned = c.op("Transpose", c.tensor(key), part="key", perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = c.op("MatMul", c.tensor(query), turned, part="scores")
-    scores = c.op("Mul", scores, c.tensor(float(factor), "float32"), part="scaled")
-    if mask is not None:
-        scores = c.op("Add", scores, c.tensor(mask), part="masked")
-    return c.op("MatMul", c.op("Softmax", scores, part="softmax", axis=-1), c.tensor(value))
 
 
 def _mean(c: Context, node: fx.Node) -> Value | None:
@@ -216,7 +197,6 @@ TABLE: Mapping[str, Translation] = {
     "aten.matmul.default": _matmul,
     "aten.mm.default": _matmul,
     "aten.bmm.default": _matmul,
-    "aten.scaled_dot_product_attention.default": _attention,
     "aten.mean.dim": _mean,
     "aten.layer_norm.default": _layer_norm,
     "aten.group_norm.default": _group_norm,

@@ -55,7 +55,7 @@ def of(function: Callable[..., Tensor]) -> Callable[[], nn.Module]:
 
 
 def attention(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(x, y, z)
+    return F.scaled_dot_product_attention(x, y, z, enable_gqa=True)
 
 
 # What it is, beginning with its kind -> the model, its input shapes.
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "Gemm of tokens": (lambda: nn.Linear(8, 5), [TOKENS]),
     "Gemm behind a Flatten": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 5)), [IMAGE]),
     "MatMul": (of(torch.matmul), [(2, 5, 8), (2, 8, 3)]),
-    "Attention": (of(attention), [TOKENS, TOKENS, TOKENS]),
+    "Attention": (of(attention), [(2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 8)]),
     "Add": (of(torch.add), [IMAGE, IMAGE]),
     "Add with a Relu": (of(lambda x, y: torch.relu(x + y)), [IMAGE, IMAGE]),
     "Add of a broadcast": (of(torch.add), [IMAGE, (2, 4, 1, 1)]),

@@ -98,7 +98,7 @@ def test_matrix_products(case):
 
 def test_attention_counts_both_products():
     def attend(m, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     operator = last(function_model(attend), (3, 2, 7, 4), (3, 2, 5, 4), (3, 2, 5, 6))
     assert (operator.kind, len(operator.inputs)) == ("Attention", 3)
