@@ -42,6 +42,8 @@ def lower_movement(site: Site) -> Lowered:
         IntegerError: arguments are computed, or the value that is padded with depends on the grid that is padded.
     """
     x = site.inputs[0]
+    if site.operator.kind == "Expand" and (sizes := _spread_to(site)) is not None:
+        return Lowered(lambda values: values[0].expand(sizes), facts={"rule": "move"})
     function = site.function()
     if len(site.node.all_input_nodes) > 1:
         raise IntegerError(f"{site.operator.kind} with computed arguments cannot be executed exactly yet")
@@ -49,6 +51,16 @@ def lower_movement(site: Site) -> Lowered:
         code, pads = _padding_code(site, x), list(site.operator.attributes["padding"])
         return Lowered(lambda values: torch.nn.functional.pad(values[0], pads, value=code), facts={"rule": "move"})
     return Lowered(lambda values: function(values[0]), facts={"rule": "move"})
+
+
+def _spread_to(site: Site) -> list[int] | None:
+    """Sizes to spread to, -1 for an axis that keeps its size, as that of the batch; None where another is computed."""
+    source, result, given = site.input_shape, tuple(site.node.meta["shape"]), site.node.args[1]
+    if not isinstance(given, list | tuple):  # as another tensor
+        return None
+    kept = (None,) * (len(result) - len(source)) + source
+    sizes = [-1 if size == was else wanted for size, was, wanted in zip(result, kept, given, strict=True)]
+    return sizes if all(isinstance(size, int) for size in sizes) else None
 
 
 def _padding_code(site: Site, x: QParams) -> int:

@@ -39,6 +39,11 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any]]] = {
     "select": (lambda x: x[:, 2], lambda q: q[:, 2]),
     "repeat": (lambda x: x.repeat(1, 1, 2, 1), lambda q: np.tile(q, (1, 1, 2, 1))),
     "expand": (lambda x: x[:, :1].expand(-1, 5, -1, -1), lambda q: np.repeat(q[:, :1], 5, 1)),
+    "expand-to-the-batch": (lambda x: x[:, :1].expand(x.shape[0], 5, 6, 6), lambda q: np.repeat(q[:, :1], 5, 1)),
+    "heads-that-share-a-key": (
+        lambda x: x[:, :2, None].expand(x.shape[0], 2, 3, 6, 6).reshape(-1, 6, 6, 6),
+        lambda q: np.repeat(q[:, :2], 3, 1),
+    ),
     "pixel-shuffle": (
         lambda x: F.pixel_shuffle(x, 2),
         lambda q: q.reshape(-1, 1, 2, 2, 6, 6).transpose(0, 1, 4, 2, 5, 3).reshape(-1, 1, 12, 12),
