@@ -2,8 +2,10 @@
 """Finds, imports and checks plugins, and builds the registry. Strict: the first fault stops, with its plugin named."""
 
 import os
+import sys
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
@@ -166,7 +168,8 @@ def _adopt_all(candidates: list[_Candidate]) -> list[Plugin]:
     for candidate in candidates:
         record = candidate.record
         try:
-            plugin = candidate.load()
+            with redirect_stdout(sys.stderr):  # a greeting is no part of what a command answers
+                plugin = candidate.load()
         except (Exception, SystemExit) as error:
             raise record.failure(f"import of {candidate.origin} failed", error) from error
         if id(plugin) in seen:

@@ -180,6 +180,14 @@ def test_no_fault_at_import_gets_past_the_loader(site: Any, body: str, fault: st
     assert f"import of 'broken_dist_plugin' failed: {fault} Reinstall" in refusal(site)
 
 
+def test_what_a_plugin_prints_while_it_loads_is_kept_from_standard_output(
+    site: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.install("chatty", "print('licence found')\n" + ALGORITHM.format(name="nearest"))
+    assert list(load_plugins(entry_points=site.entry_points()).algorithms) == ["nearest"]
+    assert capsys.readouterr() == ("", "licence found\n")
+
+
 def test_a_broken_plugin_can_be_blocked_and_the_rest_works(site: Any) -> None:
     site.install("broken", "import module_that_is_missing")
     site.install("good", ALGORITHM.format(name="nearest"))
