@@ -11,7 +11,7 @@ from pydantic import Field
 from qhw.engine import QuantizedModel
 from qhw.errors import ExportError
 from qhw.extension import AlgorithmOptions, Exporter, PluginInfo, hookimpl
-from qhw.numerics import FakeQuantizer, PerTensor
+from qhw.numerics import PerTensor
 from qhw_plugins.onnx_encodings import size_in_bytes, storage_of
 from qhw_plugins.onnx_model import HIGHEST_OPSET, LOWEST_OPSET, build
 
@@ -104,19 +104,12 @@ class OnnxQdq(Exporter):
 
 
 def _other_floats(result: QuantizedModel) -> Iterator[str]:
-    """The first tensor of each type that the artefact cannot have: QuantizeLinear of opset 13 takes float32 alone."""
-    seen: set[str] = set()
-    modules = dict(result.module.named_modules())
+    """The first tensor of a type that the artefact cannot have."""
     for node in result.module.graph.nodes:
-        quantizes = node.op == "call_module" and isinstance(modules[str(node.target)], FakeQuantizer)
-        tensor = node.all_input_nodes[0] if quantizes else node
-        dtype = str(tensor.meta.get("dtype", "float32"))
-        wrong = dtype != "float32" if quantizes else dtype == "bfloat16"
-        if wrong and dtype not in seen:
-            seen.add(dtype)
-            what = "is quantized, which takes float32" if quantizes else "has no ONNX form here"
-            name = tensor.meta.get("name", tensor.target)
-            yield f"{name}: {dtype} {what}; convert with model.float(), then quantize again"
+        if str(node.meta.get("dtype", "float32")) == "bfloat16":
+            name = node.meta.get("name", node.target)
+            yield f"{name}: bfloat16 has no ONNX form here; compute in float32 there, then quantize again"
+            return
 
 
 @hookimpl

@@ -62,7 +62,8 @@ def select(
         overrides: What the user asked for.
 
     Raises:
-        PlanError: a point is left without a range, a name is unknown, or the target cannot run the model.
+        PlanError: a point is left without a range, a name is unknown, a tensor to be quantized is not float32, or the
+            target cannot run the model.
     """
     overrides = overrides or Overrides()
     pipeline = (
@@ -73,6 +74,7 @@ def select(
     order = _Order(registry, pipeline, overrides)
     chosen = _Chosen()
     prepared = _Prepared(graph, target, overrides)
+    _require_float32(graph, prepared.placement)
     for stage in STAGES:
         _run_stage(stage, order, prepared, target, resources, chosen)
         if stage == "prepare":
@@ -410,6 +412,20 @@ def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
     for reason in reasons:
         found.setdefault(reason.model_dump_json(), reason)
     return tuple(found.values())
+
+
+def _require_float32(graph: Graph, placement: Placement) -> None:
+    """Scales, ranges and codes are found in float32; another type would be rounded before it is quantized."""
+    for point in placement.points:
+        if point.role == "bias":
+            continue
+        found = graph.tensor(point.tensor) if point.role == "weight" else graph.node(point.tensor).meta["dtype"]
+        dtype = str(found if isinstance(found, str) else found.dtype).removeprefix("torch.")
+        if dtype != "float32":
+            raise PlanError(
+                f"{point.name}: must be float32 to be quantized; got {dtype}. Convert the model with model.float(), "
+                "and its example inputs and data, then plan again."
+            )
 
 
 def _require_ranges(target: TargetSpec, placement: Placement, chosen: _Chosen) -> None:

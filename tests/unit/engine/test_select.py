@@ -56,6 +56,18 @@ def refusal(plan: QuantPlan, name: str) -> Refusal:
     return next(refusal for refusal in plan.refused if refusal.algorithm == name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_in_another_type_than_float32_is_refused_at_once(
+    dtype: torch.dtype, target: TargetSpec, registry: Registry
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval().to(dtype)
+    graph = qhw.capture(model, torch.randn(2, 3, 8, 8, dtype=dtype))
+    name = str(dtype).removeprefix("torch.")
+    message = rf"must be float32 to be quantized; got {name}\. Convert the model with model\.float\(\), and its example"
+    with pytest.raises(PlanError, match=message):
+        select(graph, target, registry, DATA)
+
+
 def test_equal_inputs_give_equal_plans(graph: Graph, target: TargetSpec, registry: Registry) -> None:
     assert select(graph, target, registry, DATA).to_json() == select(graph, target, registry, DATA).to_json()
 
