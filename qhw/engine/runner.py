@@ -15,6 +15,7 @@ from qhw.engine.bias import add_required_biases, bias_qparams
 from qhw.engine.blame import blaming, must_be
 from qhw.engine.calibration import Calibration
 from qhw.engine.options import options_for
+from qhw.engine.outcome import check_outcome
 from qhw.engine.parameters import round_parameters
 from qhw.engine.progress import Progress, RichProgress, SilentProgress
 from qhw.engine.replay import check_plan
@@ -125,7 +126,7 @@ def apply_step(
         folder: Where finished layers are kept; None: nothing is kept.
 
     Raises:
-        PluginError: the algorithm raised, or returned no report.
+        PluginError: the algorithm raised, returned no report, or left undone what it promised.
     """
     step = work.plan.steps[number]
     entry = registry.algorithms[step.algorithm]
@@ -138,6 +139,7 @@ def apply_step(
     with blaming(entry.record, doing):
         answer = entry.value(options).apply(work, step, context)
     report = must_be(answer, StepReport, entry.record, doing)
+    check_outcome(work, step, report, entry.record)
     _log.info("%s: %s", step.algorithm, report.summary)
     return report
 
