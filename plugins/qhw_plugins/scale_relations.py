@@ -22,7 +22,7 @@ from qhw.numerics import (
     legal_ratios,
     quantize,
 )
-from qhw.schema import Approximation, ExponentBound, Kernel, TargetSpec
+from qhw.schema import Align, Approximation, ExponentBound, Kernel, Shift, TargetSpec
 from qhw.schema import Operator as OperatorSpec
 
 MULTIPLIER = "its multiplier"
@@ -193,17 +193,20 @@ class _Reader:
     def _operands(self, a: str, b: str, output: str, legal: LegalRatios) -> Iterator[Relation]:
         """Add and Sub: each operand's own ratio; by fixed point to twice the larger scale first, and from there.
 
-        Fixed point on one scale, without a pre-shift, has one ratio.
+        By shifts, and in fixed point on one scale without a pre-shift, the sum has one ratio.
         """
+        table = self._spec.preshift_bits
+        if self._rule_kind == "shift" or (
+            self._rule_kind == "fixed_point" and table is None and self._spec.same_scale in ("inputs", "all")
+        ):
+            yield from self._aligned(a, b, output, legal)
+            return
         if self._rule_kind != "fixed_point":
             for group in (a, b):
                 yield self._ratio(((group, 1), (output, -1)), legal, self._span(group))
             return
-        table = self._spec.preshift_bits
         formats = self._kernel.input if isinstance(self._kernel.input, tuple) else ()
         bits = next((n for f, n in table.items() if f in formats), None) if isinstance(table, dict) else None
-        if table is None and self._spec.same_scale in ("inputs", "all"):
-            yield self._ratio(((a, 1), (output, -1)), legal, 2 * self._span(a))
         if not isinstance(bits, int):
             return
         larger, smaller = sorted((a, b), key=lambda group: -float(self._work.qparams[group].scale))
@@ -212,6 +215,25 @@ class _Reader:
             if group != larger:
                 yield self._ratio(((group, 1), (larger, -1)), legal, span, "float64", constant=0.5)
         yield self._ratio(((larger, 1), (output, -1)), legal, 2 * span, "float64", constant=2.0 ** (1 - bits))
+
+    def _aligned(self, a: str, b: str, output: str, legal: LegalRatios) -> Iterator[Relation]:
+        """Operands that shifts bring to one of both scales, and the ratio of their sum from there."""
+        scales = {group: float(self._work.qparams[group].scale) for group in (a, b)}
+        larger, smaller = sorted((a, b), key=lambda group: -scales[group])
+        align = self._work.target.requantize[str(self._name)].align
+        unit = larger
+        if isinstance(align, Align):
+            to_finer = align.to == "finer"
+            unit = smaller if to_finer else larger
+            if isinstance(align.shift, Shift) and larger != smaller:
+                furthest = align.shift.min if to_finer else align.shift.max
+                if isinstance(furthest, int):
+                    path = f"requantize.{self._name}.align.shift.{'min' if to_finer else 'max'}"
+                    low = 2.0 ** -abs(furthest)
+                    bounds = LegalRatios(low, math.inf, path, path, lambda value: value >= low)
+                    yield Relation(self._operator.name, "its operands' ratio", ((smaller, 1), (larger, -1)), bounds)
+        span = sum(self._span(group) * scales[group] / scales[unit] for group in (a, b))
+        yield self._ratio(((unit, 1), (output, -1)), legal, span)
 
     def _ratio(
         self,

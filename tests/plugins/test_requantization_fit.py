@@ -168,6 +168,40 @@ def branches() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     )
 
 
+class QuietBranch(nn.Module):
+    """A sum of x and of a branch that is some 2^7 times quieter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 1)
+        with torch.no_grad():
+            self.conv.weight *= 2.0**-6
+            self.conv.bias *= 2.0**-6  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+
+@pytest.mark.parametrize(
+    ("align", "most"),
+    [
+        ('{ to = "coarser", rounding = "floor", shift = { min = 0, max = 3 } }', 3),
+        ('{ to = "finer", shift = { min = -5, max = 0 } }', 5),
+    ],
+    ids=["coarser", "finer"],
+)
+def test_operands_of_a_sum_come_as_close_as_shifts_bring_them_together(align: str, most: int) -> None:
+    net, x = QuietBranch().eval(), torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    spec = target(0, 31, kind=f"{SHIFT}, align = {align}", power=True)
+    with pytest.raises(qhw.QhwError, match=r"requantize\.r\.align\.shift goes from"):
+        IntegerModel(quantized(spec, net, x, without=WITHOUT))
+    result = quantized(spec, net, x)
+    scales = [float(result.encodings()[group].scale) for group in ("x", "conv")]
+    assert math.log2(scales[0] / scales[1]) == most  # raised as far as it must be, and no further
+    assert IntegerModel(result)(x).shape == x.shape
+
+
 @pytest.mark.parametrize("high", [8, 9, 10])
 def test_operators_without_weights_move_the_scales_of_their_operands(high: int) -> None:
     net, data = branches()
