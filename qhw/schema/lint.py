@@ -15,6 +15,7 @@ from qhw.schema.lint_numbers import contradictions
 from qhw.schema.lint_reach import is_inherited, unreachable
 from qhw.schema.load import Located
 from qhw.schema.marks import recorded_fields
+from qhw.schema.open_fields import has_integer_form
 from qhw.schema.operators import Operator
 from qhw.schema.read import dotted
 from qhw.schema.remarks import Remark, Severity
@@ -71,6 +72,7 @@ def lint(
         *_kinds(spec, known_kinds),
         *_unused(spec),
         *unfounded(spec),
+        *_inexact(spec),
         *_unknown(spec),
         *disagreements(spec),
         *_recorded(spec),
@@ -101,6 +103,15 @@ def _formats(spec: TargetSpec) -> Iterator[Remark]:
         scale = form.scale
         if isinstance(scale, Scale) and scale.values is None and scale.kind in ("fixed", "enumerated"):
             yield "error", (*path, "scale"), f'kind = "{scale.kind}" needs values. State them.'
+
+
+def _inexact(spec: TargetSpec) -> Iterator[Remark]:
+    """Kernels for which no field of arithmetic is asked for."""
+    used = {name for one in spec.operators.values() for name in (one.kernels if isinstance(one.kernels, tuple) else ())}
+    for name, kernel in spec.kernels.items():
+        if name in used and not has_integer_form(spec, kernel):
+            text = "reads no integers: qhw verify, qhw golden and qhw accumulators have no exact form of it."
+            yield "info", ("kernels", name), text
 
 
 def _weights(spec: TargetSpec) -> Iterator[Remark]:

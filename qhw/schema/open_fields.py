@@ -13,7 +13,7 @@ from qhw.schema.open_field import OpenField, left_open
 from qhw.schema.operators import SUMMING_KINDS, WEIGHTED_KINDS, Approximation, Operator
 from qhw.schema.spec import TargetSpec
 
-__all__ = ["FUNCTION_KINDS", "open_fields"]
+__all__ = ["FUNCTION_KINDS", "has_integer_form", "open_fields"]
 
 EXACT = ("qhw verify", "qhw golden")
 SUMS = (*EXACT, "qhw accumulators")
@@ -58,6 +58,12 @@ def open_fields(spec: TargetSpec) -> tuple[OpenField, ...]:
     return tuple(found.values())
 
 
+def has_integer_form(spec: TargetSpec, kernel: Kernel) -> bool:
+    """Whether a kernel reads integers, as far as the target says; of small floats and palettes nothing is exact."""
+    read = [listed for listed in (kernel.input, kernel.weight) if isinstance(listed, tuple)]
+    return all(any(spec.formats[name].kind in ("integer", UNKNOWN) for name in listed) for listed in read)
+
+
 def _open(path: Path, value: object, commands: tuple[str, ...] = EXACT, where: str = "") -> Iterator[OpenField]:
     return left_open(path, value, commands, where=where)
 
@@ -73,6 +79,8 @@ def _unknown(path: Path, table: Table, handled: tuple[str, ...] = (), where: str
 
 def _of_kernel(spec: TargetSpec, kind: str, operator: Operator, name: str) -> Iterator[OpenField]:
     kernel = spec.kernels[name]
+    if not has_integer_form(spec, kernel):
+        return
     if kind in SUMMING_KINDS:
         yield from _of_sum(spec, kernel, name, SUMS if kind in WEIGHTED else EXACT)
     if kind in WEIGHTED:

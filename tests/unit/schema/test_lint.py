@@ -267,6 +267,15 @@ def test_sources_that_no_claim_names_are_said(tmp_path: Path) -> None:
     assert not [f for f in lint(parse_target(child, folder=tmp_path)) if "claim names it" in f.message]
 
 
+def test_a_kernel_without_integers_has_no_exact_form() -> None:
+    floats = 'kind = "float", exponent_bits = 4, mantissa_bits = 3, finite_max = 448'
+    wanted = (
+        "info: kernels.mac: reads no integers: qhw verify, qhw golden and qhw accumulators have no exact form of it."
+    )
+    assert wanted in said(TINY.replace("codes = [-127, 127], zero_point = 0", floats))
+    assert wanted not in said(TINY)
+
+
 def test_a_kind_of_a_plugin_is_said_and_not_looked_for() -> None:
     text = TINY.replace("codes = [-127, 127], zero_point = 0", 'kind = "posit", parameters = { es = 1 }')
     wanted = (

@@ -192,6 +192,16 @@ def test_what_does_not_decide_is_not_named() -> None:
     assert said(only_recorded) == {}
 
 
+def test_of_kernels_without_integers_no_arithmetic_is_asked_for() -> None:
+    """No field would make their result exact; one kernel of integers beside them still needs its own."""
+    floats = WHOLE.replace(
+        "codes = [-127, 127], zero_point = 0", 'kind = "float", exponent_bits = 4, mantissa_bits = 3'
+    )
+    bare = floats.replace(', bias = "b", output = ["a8"], accumulator = "acc", requantize = "r"', ', output = ["a8"]')
+    assert said(bare) == {}
+    assert said(bare.replace('weight = ["w8"]', 'weight = ["w8", "a8"]')).keys() >= {"kernels.mac.accumulator"}
+
+
 def test_an_operator_that_the_hardware_does_not_have_needs_nothing() -> None:
     for kernels in ("[]", '"unknown"'):
         assert (
