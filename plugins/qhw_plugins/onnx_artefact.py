@@ -199,14 +199,7 @@ class OnnxArtefact:
         if source not in self._constants:
             self._constants.add(out, Constant(out, encoding=encoding))
             return
-        try:
-            stored = self._constants.dequantized(source, encoding, source)
-        except ArtefactError:
-            made = self._constants.constant(source)  # codes that a QuantizeLinear computes of stored reals
-            if made.encoding is None:
-                raise
-            stored = Constant(made.name, made.shape, made.encoding, made.codes)
-        self._constants.add(out, stored)
+        self._constants.add(out, self._constants.dequantized(source, encoding, source))
 
     def _values(self, out: str, source: str, encoding: Encoding, *, codes: bool) -> None:
         """A value on a grid: the same one as it was before the quantizer."""

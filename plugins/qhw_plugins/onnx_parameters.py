@@ -142,7 +142,10 @@ class Parameters:
         return None if tensor is None else int(tensor.data_type)
 
     def dequantized(self, codes: str, encoding: Encoding, name: str) -> Constant:
-        """A constant of stored codes."""
+        """A constant of stored codes, or of those that a QuantizeLinear computes of stored reals."""
+        made = self._made.get(codes)
+        if made is not None and made.encoding is not None:
+            return Constant(made.name, made.shape, encoding, made.codes)
         shape = self.shape(codes)
         kind = self.data_type(codes)
         array = self.array(codes)

@@ -349,6 +349,20 @@ def test_a_constant_that_a_batch_spreads_is_quantized_behind(read: Read) -> None
     assert [use.encoding.words() for use in concat.inputs] == ["int8, scale 0.5, zero point 0"] * 2  # type: ignore[union-attr]
 
 
+def test_an_integer_operator_reads_codes_that_are_computed_of_a_constant(read: Read) -> None:
+    """As onnxruntime's quantize_static writes numbers that a model multiplies with."""
+    f = OnnxFile()
+    x, out = f.op("QuantizeLinear", [f.given("x", [1, 4]), *f._parameters("x/q", grid(0.5))], "x/codes"), grid(0.25)
+    names = f._parameters("half/q", grid(0.125))
+    half = f.op("QuantizeLinear", [f.stored("half", 0.5), *names], "half/codes")
+    operands = [x, "x/q/scale", "x/q/zero", half, *names, *f._parameters("y", out)]
+    y = f.op("QLinearMul", operands, "y/codes", domain="com.microsoft")
+    f.gives(f.op("DequantizeLinear", [y, "y/scale", "y/zero"], "y/dq"))
+    (product,) = read(f).operators
+    assert product.weight is not None and product.weight.codes is not None and product.weight.codes.tolist() == 4
+    assert product.weight.encoding is not None and product.weight.encoding.words() == "int8, scale 0.125, zero point 0"
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     path = conv_file().write(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"x/q/scale", b"x/q/sc\xff\xfee"))
