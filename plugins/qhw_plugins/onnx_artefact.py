@@ -11,6 +11,7 @@ import onnx
 
 from qhw.errors import ArtefactError
 from qhw.legality import Artefact, ArtefactOperator, Constant, Encoding, Use, encoding_of
+from qhw_plugins.onnx_folding import MOVES, moved
 from qhw_plugins.onnx_integer import INTEGER_OPERATORS, IntegerForm
 from qhw_plugins.onnx_kinds import attributes_of, kind_of
 from qhw_plugins.onnx_parameters import Parameters
@@ -225,6 +226,12 @@ class OnnxArtefact:
 
     def _folded(self, node: onnx.NodeProto) -> None:
         """A node that no input decides: moved weights keep their codes, anything else is a constant nobody knows."""
+        found = moved(node, self._constants.plain(node.input))
+        if found is not None:
+            self._constants.add_stored(node.output[0], onnx.numpy_helper.from_array(found))
+            return
+        if node.op_type in MOVES:
+            self._constants.add_part(node.output[0], node.input[0])
         for name in node.output:
             self._constants.add(name, Constant(name))
         if node.op_type not in ("Transpose", "Identity") or not node.input or node.input[0] not in self._constants:

@@ -2,14 +2,15 @@
 """Constants of an ONNX graph, and the grids that scales and zero points make of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import GraphProto, TensorProto
 
 from qhw.errors import ArtefactError
 from qhw.legality import Constant, Encoding, encoding_of
@@ -21,6 +22,12 @@ _SMALL = 64
 """Elements up to which a constant may be a bound, a shape or a list of axes."""
 
 
+_PLAIN = frozenset(
+    getattr(TensorProto, name)
+    for name in ("FLOAT", "DOUBLE", "INT8", "UINT8", "INT16", "UINT16", "INT32", "UINT32", "INT64")
+)
+
+
 class Parameters:
     """Stored tensors by name, read when they are asked for, and constants that nodes make of them.
 
@@ -30,12 +37,13 @@ class Parameters:
         label: What messages call the file.
     """
 
-    def __init__(self, graph: onnx.GraphProto, folder: Path, label: str) -> None:
+    def __init__(self, graph: GraphProto, folder: Path, label: str) -> None:
         self._folder = folder
         self._label = label
-        self._stored: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self._stored: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self._arrays: dict[str, NDArray[Any]] = {}
         self._made: dict[str, Constant] = {}
+        self._parts: set[str] = set()
 
     def where(self, name: str) -> str:
         """File and tensor, for messages."""
@@ -44,13 +52,18 @@ class Parameters:
     def __contains__(self, name: str) -> bool:
         return name in self._stored or name in self._made
 
-    def add_stored(self, name: str, tensor: onnx.TensorProto) -> None:
+    def add_stored(self, name: str, tensor: TensorProto) -> None:
         """A tensor that a Constant node holds."""
         self._stored[name] = tensor
 
     def add(self, name: str, constant: Constant) -> None:
         """A constant that a node makes of others."""
         self._made[name] = constant
+
+    def add_part(self, name: str, whole: str) -> None:
+        """Values of a stored tensor that are picked or placed as nobody knows before the model runs."""
+        if whole in self._stored or whole in self._parts:
+            self._parts.add(name)
 
     def array(self, name: str) -> NDArray[Any]:
         """A stored tensor.
@@ -79,6 +92,11 @@ class Parameters:
             return [float(value) for value in np.atleast_1d(self.array(name)).astype(np.float64)]
         except (ArtefactError, ValueError, TypeError):
             return None
+
+    def plain(self, names: Sequence[str]) -> list[NDArray[Any] | None]:
+        """Stored tensors that numpy has a type for, as a node reads them; none where one is anything else."""
+        is_plain = all(not name or (name in self._stored and self.data_type(name) in _PLAIN) for name in names)
+        return [self.array(name) if name else None for name in names] if is_plain else []
 
     def constant(self, name: str) -> Constant:
         """A constant as an operator reads it: with its grid where a node made one, else of plain numbers."""
@@ -146,6 +164,8 @@ class Parameters:
         made = self._made.get(codes)
         if made is not None and made.encoding is not None:
             return Constant(made.name, made.shape, encoding, made.codes)
+        if codes in self._parts:
+            return Constant(name, None, encoding)
         shape = self.shape(codes)
         kind = self.data_type(codes)
         array = self.array(codes)

@@ -363,6 +363,33 @@ def test_an_integer_operator_reads_codes_that_are_computed_of_a_constant(read: R
     assert product.weight.encoding is not None and product.weight.encoding.words() == "int8, scale 0.125, zero point 0"
 
 
+def test_rows_of_a_stored_table_keep_their_codes(read: Read) -> None:
+    """Positions 0 .. n-1, as torch writes them where constants are not folded."""
+    f = OnnxFile()
+    x = f.pair(f.given("x", ["batch", 2, 3]), grid(0.5))
+    rows = f.op(
+        "Gather", [f.stored("table", np.arange(12).reshape(4, 3), "int8"), f.stored("ids", [2, 0], "int64")], "rows"
+    )
+    positions = f.op("DequantizeLinear", [rows, *f._parameters("table/q", grid(0.25))], "positions")
+    f.gives(f.pair(f.op("Add", [x, positions], "added"), grid(0.5)))
+    (add,) = read(f).operators
+    assert add.weight is not None and add.weight.codes is not None
+    assert add.weight.codes.tolist() == [[6, 7, 8], [0, 1, 2]]
+
+
+def test_rows_that_the_length_of_the_input_decides_keep_their_grid(read: Read) -> None:
+    f = OnnxFile()
+    x = f.pair(f.given("x", ["batch", "length", 3]), grid(0.5))
+    length = f.op("Shape", ["x"], "length", start=1, end=2)
+    ids = f.op("Slice", [f.stored("ids", [0, 1, 2], "int64"), f.stored("from", [0], "int64"), length], "some")
+    rows = f.op("Gather", [f.stored("table", np.arange(12).reshape(4, 3), "int8"), ids], "rows")
+    positions = f.op("DequantizeLinear", [rows, *f._parameters("table/q", grid(0.25))], "positions")
+    f.gives(f.pair(f.op("Add", [x, positions], "added"), grid(0.5)))
+    (add,) = read(f).operators
+    assert add.weight is not None and (add.weight.codes, add.weight.shape) == (None, None)
+    assert add.weight.encoding is not None and add.weight.encoding.words() == "int8, scale 0.25, zero point 0"
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     path = conv_file().write(tmp_path)
     path.write_bytes(path.read_bytes().replace(b"x/q/scale", b"x/q/sc\xff\xfee"))
