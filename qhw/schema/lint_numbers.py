@@ -2,11 +2,11 @@
 """Numbers of a target that cannot hold together: limits without a value, scales without a code, widths that clash."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qhw.schema.arithmetic import Pairwise, Ratio
-from qhw.schema.base import UNKNOWN, Path
+from qhw.schema.base import UNKNOWN, Path, Table
 from qhw.schema.formats import Format
 from qhw.schema.kernels import OPERANDS, ExponentBound, Kernel
 from qhw.schema.messages import shown
@@ -26,6 +26,15 @@ COUNTS = (
 SHARED = {"input_output": ("input", "output"), "inputs": ("input", "weight"), "all": OPERANDS}
 
 
+UNITS: Mapping[str, tuple[float, str]] = {
+    "clock_hz": (1e5, "hertz: 200 MHz are 200e6"),
+    "bandwidth_bytes_per_s": (1e6, "bytes per second: 3.2 GB/s are 3.2e9"),
+    "capacity_bytes": (64, "bytes: 256 KiB are 262144"),
+    "peak_ops_per_s": (1e6, "operations per second: 4 TOPS are 4e12"),
+}
+"""Field: below which value another unit was meant, and the unit."""
+
+
 def contradictions(spec: TargetSpec) -> Iterator[Remark]:
     """Everything that two fields say against each other, or that no number satisfies."""
     for name, form in spec.formats.items():
@@ -43,7 +52,20 @@ def contradictions(spec: TargetSpec) -> Iterator[Remark]:
     defaults = [name for name, clock in spec.clocks.items() if clock.is_default]
     if len(defaults) > 1:
         yield "warning", ("clocks", defaults[1], "is_default"), f"{defaults[0]} is the default already. Keep one."
+    yield from _of_units(spec)
     yield from _of_conflicts(spec)
+
+
+def _of_units(spec: TargetSpec) -> Iterator[Remark]:
+    """Figures of cost that are far too small for the unit in their name."""
+    tables: list[tuple[Path, Table]] = [(("clocks", name), clock) for name, clock in spec.clocks.items()]
+    tables += [(("memories", name), memory) for name, memory in spec.memories.items()]
+    tables += [] if spec.cost is None else [(("cost",), spec.cost)]
+    for path, table in tables:
+        for field, (least, unit) in UNITS.items():
+            value = getattr(table, field, None)
+            if isinstance(value, int | float) and value < least:
+                yield "warning", (*path, field), f"{value:g} is very little; the unit is {unit}. Correct it."
 
 
 def _exponents_of(form: Format) -> tuple[float, float] | None:

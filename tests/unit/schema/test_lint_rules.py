@@ -290,6 +290,28 @@ CASES: dict[str, tuple[str, str, str]] = {
         "clock_hz = 1e8, is_default = true }",
         "warning: clocks.slow.is_default: fast is the default already. Keep one.",
     ),
+    "clock in MHz": (
+        "clock_hz = 1e8 }",
+        "clock_hz = 100 }",
+        "warning: clocks.slow.clock_hz: 100 is very little; the unit is hertz: 200 MHz are 200e6. Correct it.",
+    ),
+    "bandwidth in GB/s": (
+        "clock_hz = 1e8 }",
+        "clock_hz = 1e8 }\nmemories.sram = { bandwidth_bytes_per_s = 3.2 }",
+        "warning: memories.sram.bandwidth_bytes_per_s: 3.2 is very little; the unit is bytes per second: 3.2 GB/s are "
+        "3.2e9. Correct it.",
+    ),
+    "capacity in MB": (
+        "clock_hz = 1e8 }",
+        "clock_hz = 1e8 }\nmemories.sram = { capacity_bytes = 2 }",
+        "warning: memories.sram.capacity_bytes: 2 is very little; the unit is bytes: 256 KiB are 262144. Correct it.",
+    ),
+    "peak in TOPS": (
+        "clock_hz = 1e8 }",
+        "clock_hz = 1e8 }\ncost = { peak_ops_per_s = 4 }",
+        "warning: cost.peak_ops_per_s: 4 is very little; the unit is operations per second: 4 TOPS are 4e12. Correct "
+        "it.",
+    ),
     "choice that the field does not follow": (
         "[kernels.mac]",
         '[[conflicts]]\nfield = "accumulators.acc.bits"\nreadings = [{ value = 32, source = "memory" }, { value = 40, '

@@ -35,6 +35,7 @@ TREES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(raw=st.binary(max_size=200))
 def test_any_bytes_load_or_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "random.toml"
@@ -43,17 +44,19 @@ def test_any_bytes_load_or_are_refused(raw: bytes, tmp_path_factory: pytest.Temp
         assert isinstance(load_target_file(path), TargetSpec)
 
 
+@settings(deadline=None)
 @given(at=st.integers(0, len(EXAMPLE) - 1), length=st.integers(0, 20), text=st.text(max_size=6))
 def test_a_damaged_file_loads_or_is_refused(at: int, length: int, text: str) -> None:
     check_loads_or_is_refused(EXAMPLE[:at] + text + EXAMPLE[at + length :], "my.toml")
 
 
+@settings(deadline=None)
 @given(tree=st.dictionaries(NAMES, TREES, max_size=6))
 def test_any_nested_data_loads_or_is_refused(tree: dict[str, Any]) -> None:
     check_loads_or_is_refused(json.dumps({"schema_version": 1, "name": "a/b", **tree}), "my.json")
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_field_of_a_full_target_may_hold_anything(data: st.DataObject) -> None:
     full = json.loads(json.dumps(DATA))
@@ -68,6 +71,7 @@ def test_any_field_of_a_full_target_may_hold_anything(data: st.DataObject) -> No
     check_loads_or_is_refused(json.dumps(full), "my.json")
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="a=b.[]{}\",#\n'\\ 1", max_size=60))
 def test_looking_for_lines_never_fails(text: str) -> None:
     lines = Lines(text)
