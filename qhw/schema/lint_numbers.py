@@ -10,7 +10,7 @@ from qhw.schema.base import UNKNOWN, Path, Table
 from qhw.schema.formats import Format
 from qhw.schema.kernels import OPERANDS, ExponentBound, Kernel
 from qhw.schema.messages import shown
-from qhw.schema.operators import LimitRange, Operator
+from qhw.schema.operators import Approximation, LimitRange, Operator
 from qhw.schema.remarks import Remark
 from qhw.schema.scales import Scale
 from qhw.schema.spec import TargetSpec
@@ -49,6 +49,7 @@ def contradictions(spec: TargetSpec) -> Iterator[Remark]:
         yield from _of_limits(kind, operator)
         yield from _of_fixed_output(spec, kind, operator)
         yield from _of_shared_scale(spec, kind, operator)
+        yield from _of_distances(spec, kind, operator)
     defaults = [name for name, clock in spec.clocks.items() if clock.is_default]
     if len(defaults) > 1:
         yield "warning", ("clocks", defaults[1], "is_default"), f"{defaults[0]} is the default already. Keep one."
@@ -227,6 +228,24 @@ def _of_requantize(spec: TargetSpec) -> Iterator[Remark]:
         if isinstance(least, int) and isinstance(ratio.min, float) and ratio.min > 2.0**-least:
             text = f"no ratio is legal: at least {ratio.min:g}, and shifts from {least} give {2.0**-least:g} or less."
             yield "error", where, f"{text} Correct one."
+
+
+def _of_distances(spec: TargetSpec, kind: str, operator: Operator) -> Iterator[Remark]:
+    """Softmax in fixed point: distances between codes become fixed-point reals by 2^n times the input's scale."""
+    rule = operator.approximation
+    bits = rule.integer_bits if isinstance(rule, Approximation) and rule.kind == "fixed_point" else None
+    if kind not in ("Softmax", "LogSoftmax") or not isinstance(bits, int):
+        return
+    for name in operator.kernels if isinstance(operator.kernels, tuple) else ():
+        requantize = spec.requantize.get(str(spec.kernels[name].requantize))
+        least = getattr(requantize.shift, "min", None) if requantize is not None else None
+        if isinstance(least, int) and least >= 0:
+            yield (
+                "warning",
+                ("kernels", name, "requantize"),
+                f"{kind} multiplies by 2^{31 - bits} times the input's scale here, and shift.min = {least} allows no "
+                "shift left. Give it a kernel with a requantize of its own.",
+            )
 
 
 def _of_exponents(spec: TargetSpec, name: str, kernel: Kernel) -> Iterator[Remark]:

@@ -312,6 +312,14 @@ CASES: dict[str, tuple[str, str, str]] = {
         "warning: cost.peak_ops_per_s: 4 is very little; the unit is operations per second: 4 TOPS are 4e12. Correct "
         "it.",
     ),
+    "softmax in fixed point without shifts to the left": (
+        'kernels.two = { input = ["a8"], output = ["a8"], accumulator = "acc" }\n',
+        'kernels.two = { input = ["a8"], output = ["a8"], accumulator = "acc", requantize = "fix" }\n'
+        'requantize.fix = { kind = "fixed_point", rounding = "half_even", shift = { min = 0 } }\n'
+        'operators.LogSoftmax = { kernels = ["two"], approximation = { kind = "fixed_point", integer_bits = 5 } }\n',
+        "warning: kernels.two.requantize: LogSoftmax multiplies by 2^26 times the input's scale here, and shift.min = 0 allows "
+        "no shift left. Give it a kernel with a requantize of its own.",
+    ),
     "choice that the field does not follow": (
         "[kernels.mac]",
         '[[conflicts]]\nfield = "accumulators.acc.bits"\nreadings = [{ value = 32, source = "memory" }, { value = 40, '
