@@ -317,8 +317,9 @@ CASES: dict[str, tuple[str, str, str]] = {
         'kernels.two = { input = ["a8"], output = ["a8"], accumulator = "acc", requantize = "fix" }\n'
         'requantize.fix = { kind = "fixed_point", rounding = "half_even", shift = { min = 0 } }\n'
         'operators.LogSoftmax = { kernels = ["two"], approximation = { kind = "fixed_point", integer_bits = 5 } }\n',
-        "warning: kernels.two.requantize: LogSoftmax multiplies by 2^26 times the input's scale here, and shift.min = 0 allows "
-        "no shift left. Give it a kernel with a requantize of its own.",
+        "warning: kernels.two.requantize: LogSoftmax "
+        "multiplies by 2^26 times the input's scale here, and shift.min = 0 "
+        "allows no shift left. Give it a kernel with a requantize of its own.",
     ),
     "choice that the field does not follow": (
         "[kernels.mac]",
