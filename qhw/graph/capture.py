@@ -98,8 +98,10 @@ def _check_shapes_known(model: nn.Module, name: str) -> None:
 
 
 def _own_copy(model: nn.Module, name: str) -> nn.Module:
+    # Tensors that a hook computes at each call (nn.utils.weight_norm) cannot be copied with what they are made of.
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed}).eval()
     except Exception as error:
         raise CaptureError(
             f"{name}: cannot be copied: {_first_line(error)}. Capture works on a copy; keep in the model only what "

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from qhw.errors import CaptureError
 from qhw.graph.aliases import use_one_name
 from qhw.graph.attention import split_attention
+from qhw.graph.broadcasts import leave_broadcasts
 from qhw.graph.folding import fold_constants
 from qhw.graph.inplace import remove_inplace
 from qhw.graph.kinds import ATEN_KINDS
@@ -38,6 +39,7 @@ def rebuild(exported: torch.export.ExportedProgram, model: nn.Module) -> fx.Grap
     use_one_name(module.graph)
     reduce_maxima(module.graph)
     split_attention(module)
+    leave_broadcasts(module.graph)
     aliases = _aliases(model)
     root, graph = nn.Module(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

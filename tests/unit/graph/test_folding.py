@@ -108,3 +108,14 @@ def test_what_a_batch_spreads_is_a_value_that_the_accelerator_reads(case: str) -
     assert {one.kind: one.where for one in placement.operators}[join.kind] == "accelerator"
     (point,) = [point for point in placement.points if point.tensor == spread.name]
     assert (point.role, point.consumers) == ("input", (join.name,))
+
+
+def test_a_weight_that_a_hook_computes_at_each_call() -> None:
+    """The older weight norm leaves its last result in the layer, which copy.deepcopy refuses."""
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Conv1d(4, 5, 3))
+    x = table(2, 4, 9)
+    before = layer(x)
+    graph = capture(nn.Sequential(layer).eval(), x)
+    assert [(one.kind, one.weight) for one in graph.operators] == [("Conv", "0.weight")]
+    torch.testing.assert_close(graph(x), before)
