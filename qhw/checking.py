@@ -67,7 +67,9 @@ def _reader_of(path: Path, registry: Registry) -> Entry[type[ArtefactReader]]:
         )
     try:
         if path.exists() and not path.is_file():
-            raise ArtefactError(f"{path}: must be a file; got a folder or a device. Check the path.")
+            artefacts = sorted(path.glob("artefacts/*"))  # of a result folder
+            fix = f"Its artefact: {artefacts[0]}" if artefacts else "Check the path."
+            raise ArtefactError(f"{path}: must be a file; got a folder or a device. {fix}")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@
 from qhw.decisions import QuantPlan
 from qhw.schema import Format, TargetSpec
 from qhw.schema import Scale as ScaleSpec
+from qhw.schema.words import number_words
 from qhw.wording import counted
 
 __all__ = ["accumulator_words", "bytes_words", "count_words", "format_words", "share_words"]
@@ -11,14 +12,9 @@ __all__ = ["accumulator_words", "bytes_words", "count_words", "format_words", "s
 
 def format_words(spec: Format) -> str:
     """As `int8 [-127, 127] symmetric, per out_channel, power-of-two scale`."""
-    if spec.quant_min is None or spec.quant_max is None:
-        return f"{spec.kind} (grid not known)"
-    bits = spec.element_bits or 0
-    signed = spec.quant_min < 0
-    full = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    codes = "" if (spec.quant_min, spec.quant_max) == full else f" [{spec.quant_min}, {spec.quant_max}]"
-    symmetry = "symmetric" if isinstance(spec.zero_point, int) else "asymmetric"
-    words = [f"{'int' if signed else 'uint'}{bits}{codes} {symmetry}"]
+    words = [number_words(spec)]
+    if spec.quant_min is not None and spec.quant_max is not None:
+        words[0] += " symmetric" if isinstance(spec.zero_point, int) else " asymmetric"
     if spec.per is not None:
         words.append(f"per {spec.per.replace('_', ' ')}")
     if isinstance(spec.scale, ScaleSpec) and spec.scale.kind not in ("float32", "unknown"):

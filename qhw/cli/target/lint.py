@@ -11,7 +11,8 @@ from qhw.cli.options import AsJson
 from qhw.wording import counted
 
 if TYPE_CHECKING:
-    from qhw.schema import Located, OpenField
+    from qhw.cli.target.load import Shelf
+    from qhw.schema import Finding, Located, OpenField, TargetSpec
 
 __all__ = ["lint_files"]
 
@@ -52,14 +53,37 @@ def lint_files(
         facts += [{"target": name, **vars(finding)} for finding in findings]
         facts += [_open_fact(name, field, loaded.located) for field in fields]
         if not as_json:
-            for finding in findings:
-                print(finding)
+            _show_findings(findings, loaded.spec, shelf)
             _show_open(fields)
             left = f"; {counted(len(fields), 'field')} left open" if fields else ""
             print(f"{name}: {_count(findings)}{left}")
     if as_json:
         print_json(facts)
     raise typer.Exit(1 if failed else 0)
+
+
+def _show_findings(findings: "tuple[Finding, ...]", spec: "TargetSpec", shelf: "Shelf") -> None:
+    """Each in a line; infos that its base has all the same are counted, as the base's own lint says them."""
+    base = spec.lineage[-1] if spec.lineage else None
+    inherited = set() if base is None else _infos_of(base, shelf)
+    left_out = [f for f in findings if f.severity == "info" and (f.path, f.message) in inherited]
+    for finding in findings:
+        if finding not in left_out:
+            print(finding)
+    if left_out:
+        print(f"info: {counted(len(left_out), 'info')} on its base as well: qhw target lint {base}")
+
+
+def _infos_of(name: str, shelf: "Shelf") -> set[tuple[str, str]]:
+    """Path and message of each info on a target of the library; none of a base that lies elsewhere."""
+    from qhw.errors import TargetError
+    from qhw.schema import lint
+
+    try:
+        loaded = shelf.load(name)
+    except TargetError:
+        return set()
+    return {(one.path, one.message) for one in lint(loaded.spec) if one.severity == "info"}
 
 
 def _open_fact(target: str, field: "OpenField", located: "Located | None") -> dict[str, Any]:

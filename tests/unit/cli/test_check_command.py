@@ -62,6 +62,14 @@ def test_a_file_that_cannot_be_read_exits_with_2(flags: list[str], tmp_path: Pat
     assert bool(flags) == ("ArtefactError" in done.out)
 
 
+def test_a_result_folder_is_told_its_artefact(tmp_path: Path, qhw_run: Any) -> None:
+    artefact = tmp_path / "out/artefacts/model.onnx"
+    artefact.parent.mkdir(parents=True)
+    artefact.touch()
+    ran = qhw_run("check", str(tmp_path / "out"), "-t", TARGET)
+    assert (ran.status, ran.err.endswith(f"got a folder or a device. Its artefact: {artefact}\n")) == (2, True)
+
+
 def test_a_form_that_nobody_reads_lists_the_readers(tmp_path: Path, qhw_run: Any) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(b"hello")

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qhw.cli.words import format_words
+from qhw.schema import parse_target
+
 Run = Callable[..., Any]
 
 PLAN = ("plan", "net:model", "--target", "tiny.toml", "--calibration", "net:batches")
@@ -473,6 +476,27 @@ def test_lint_says_what_is_left_open_and_who_needs_it(qhw_run: Run) -> None:
     assert (bias["severity"], bias["place"], bias["kinds"]) == ("open", "tiny.toml:7", ["Conv", "Gemm"])
     assert bias["commands"] == ["qhw verify", "qhw golden", "qhw accumulators"]
     assert facts["fallback"]["severity"] == "info"
+
+
+def test_lint_counts_what_the_base_has_all_the_same_and_says_what_the_child_makes_of_it(
+    qhw_run: Run, folder: Path
+) -> None:
+    child = 'schema_version = 1\nname = "acme/child"\nextends = "espressif/esp32-p4"\naccumulators.narrow.bits = 24\n'
+    (folder / "child.toml").write_text(child)
+    base = [line for line in qhw_run("target", "lint", "espressif/esp32-p4").out.splitlines() if "info: /" in line]
+    infos = [line for line in qhw_run("target", "lint", "child.toml").out.splitlines() if line.startswith("info: ")]
+    assert infos[1:] == [f"info: {len(base)} infos on its base as well: qhw target lint espressif/esp32-p4"]
+    assert "narrow has 32 bits, and the accumulator it is added to 24" in infos[0]
+    facts = json.loads(qhw_run("target", "lint", "child.toml", "--json").out)
+    assert len([fact for fact in facts if fact["severity"] == "info"]) == len(base) + 1
+
+
+def test_small_floats_are_named_in_plans_too(folder: Path) -> None:
+    floats = 'kind = "float", exponent_bits = 4, mantissa_bits = 3, finite_max = 448'
+    text = (folder / "tiny.toml").read_text().replace("codes = [-127, 127], zero_point = 0", floats)
+    formats = parse_target(text).formats
+    assert format_words(formats["w8"]) == "e4m3 up to 448, per out channel"
+    assert format_words(formats["a8"]) == "int8 asymmetric, per tensor"
 
 
 def test_lint_says_the_same_of_several_operators_once_and_unknown_things_once(qhw_run: Run, folder: Path) -> None:
