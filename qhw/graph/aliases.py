@@ -103,6 +103,12 @@ def _as_pad(node: fx.Node) -> None:
     node.target, node.args, node.kwargs = _aten.pad.default, (*node.args[:2], "constant", float(value)), {}
 
 
+def _as_product(node: fx.Node) -> None:
+    """A square, which accelerators multiply; torch computes it so, too."""
+    if argument(node, 1, "exponent", 2) == 2 and node.meta["val"].is_floating_point():
+        node.target, node.args, node.kwargs = _aten.mul.Tensor, (node.args[0], node.args[0]), {}
+
+
 def _as_concatenation(axis: int) -> Callable[[fx.Node], None]:
     """Tensors of too few axes get new ones before they are stacked: those stay as they are."""
 
@@ -119,6 +125,8 @@ _FORMS: Mapping[str, Callable[[fx.Node], None]] = MappingProxyType(
         "aten.movedim.intlist": _as_permutation,
         "aten.mT.default": _as_swap,
         "aten.constant_pad_nd.default": _as_pad,
+        "aten.square.default": _as_product,
+        "aten.pow.Tensor_Scalar": _as_product,
         "aten.hstack.default": _as_concatenation(1),
         "aten.vstack.default": _as_concatenation(0),
         "aten.row_stack.default": _as_concatenation(0),

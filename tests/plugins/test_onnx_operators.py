@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "Div": (of(lambda x, y: x / (y.abs() + 1)), [IMAGE, IMAGE]),
     "Max": (of(torch.maximum), [IMAGE, IMAGE]),
     "Min": (of(torch.minimum), [IMAGE, IMAGE]),
-    "Pow": (of(lambda x: x**2), [IMAGE]),
+    "Pow": (of(lambda x: x**3), [IMAGE]),
     "Sqrt": (of(lambda x: torch.sqrt(torch.abs(x))), [IMAGE]),
     "Rsqrt": (of(lambda x: torch.rsqrt(torch.abs(x) + 1)), [IMAGE]),
     "Exp": (of(torch.exp), [IMAGE]),
