@@ -5,7 +5,7 @@ real = scale (code + offset), with codes from 0: an offset is a negative zero po
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,19 @@ class AimetReader(ArtefactReader):
             said = "no model was given, so that tensors are judged by themselves: --model net.onnx"
             return Artefact("AIMET encodings", activations=activations, parameters=parameters, remarks=(said, *remarks))
         everything = {**parameters, **activations}  # version 2.0.0 does not say which is which
-        graph = OnnxArtefact(parse_onnx(model), model.parent, str(model), everything)
-        return graph.read("AIMET encodings")
+        proto = parse_onnx(model)
+        artefact = OnnxArtefact(proto, model.parent, str(model), everything).read("AIMET encodings")
+        return replace(artefact, remarks=(*artefact.remarks, *remarks, *_strangers(proto, everything)))
+
+
+def _strangers(model: Any, names: Iterable[str]) -> list[str]:
+    """What is said of encodings of tensors that a model does not have: exporters rename tensors."""
+    graph = model.graph
+    known = {output for node in graph.node for output in node.output}
+    known |= {value.name for values in (graph.input, graph.initializer) for value in values}
+    strange = sorted(set(names) - known)
+    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+    return [f"encodings of tensors that the model does not have: {strange[0]}{more}"] if strange else []
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -127,6 +138,13 @@ def _number(entry: Mapping[str, Any], key: str, where: str, default: Any = None)
     return value
 
 
+def _whole(value: float, key: str, where: str) -> int:
+    """An integer that may be written as a float."""
+    if value != round(value):
+        raise ArtefactError(f"{where}: {key} must be an integer; got {value:g}. Export the encodings again.")
+    return round(value)
+
+
 def _width(entry: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
     """A width in bits, before anything is shifted by it."""
     bits = int(_number(entry, key, where, default))
@@ -161,7 +179,7 @@ def _of_version_0(entries: Any, where: str, is_parameter: bool) -> Encoding | No
     if len(bits) > 1:
         raise ArtefactError(f"{where}: bitwidth must be one for all channels; got {sorted(bits)}. Export them again.")
     scales = [float(_number(entry, "scale", where)) for entry in entries]
-    zeros = [-round(_number(entry, "offset", where)) for entry in entries]
+    zeros = [-_whole(_number(entry, "offset", where), "offset", where) for entry in entries]
     axis = 0 if is_parameter and len(entries) > 1 else None
     encoding = _made(where, scales, zeros, bits.pop(), axis)
     first = entries[0]
@@ -183,7 +201,9 @@ def _of_version_1(entry: Any, where: str, is_parameter: bool) -> Encoding | None
     if entry.get("dtype", "INT") != "INT" or "scale" not in entry:
         return None
     scales, bits = _numbers(entry, "scale", where), _width(entry, "bw", where)
-    zeros = [-round(offset) for offset in _numbers(entry, "offset", where)] if "offset" in entry else [1 << (bits - 1)]
+    zeros = [1 << (bits - 1)]
+    if "offset" in entry:
+        zeros = [-_whole(offset, "offset", where) for offset in _numbers(entry, "offset", where)]
     if kind in ("PER_BLOCK", "LPBQ"):
         held = _width(entry, "compressed_bw", where, bits)
         size = int(_number(entry, "block_size", where))
@@ -205,7 +225,7 @@ def _of_version_2(entry: Mapping[str, Any], where: str) -> Encoding | None:
     key = "y_scale" if "y_scale" in entry else "per_channel_float_scale"
     scales = _numbers(entry, key, where)
     zeros = (
-        [round(zero) for zero in _numbers(entry, "y_zero_point", where)]
+        [_whole(zero, "y_zero_point", where) for zero in _numbers(entry, "y_zero_point", where)]
         if entry.get("y_zero_point") is not None
         else [0]
     )

@@ -128,6 +128,17 @@ def test_with_the_model_one_broken_thing_is_named(tmp_path: Path) -> None:
     assert {(one.node, one.clause) for one in report.violations} == {("gemm", "formats.w8.zero_point")}
 
 
+def test_with_the_model_what_is_not_its_own_or_passed_over_is_said(tmp_path: Path) -> None:
+    data = json.loads(json.dumps(VERSION_0))
+    data["activation_encodings"] |= {"renamed": [entry_0(0.5, 0)], "again": [entry_0(0.5, 0)]}
+    data["activation_encodings"]["real"] = [{"bitwidth": 16, "dtype": "float"}]
+    assert AimetReader().read(write(tmp_path, data), model(tmp_path)).remarks == (
+        "1 encodings of floats or without a scale were passed over",
+        "encodings of tensors that the model does not have: again and 1 more",
+    )
+    assert AimetReader().read(write(tmp_path, VERSION_0), model(tmp_path)).remarks == ()
+
+
 def test_without_the_model_tensors_are_judged_against_what_any_kernel_takes(tmp_path: Path) -> None:
     report = check(write(tmp_path, VERSION_0), {**FREE, "formats.w8.scale": None})
     assert (report.is_legal, report.tensors, report.operators) == (True, 3, ())
@@ -159,6 +170,18 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "no bits": ({"activation_encodings": {"x": [{"scale": 1.0, "offset": 0}]}}, "bitwidth must be a number"),
     "a thousand bits": ({"activation_encodings": {"x": [{"bitwidth": 1000, "scale": 1, "offset": 0}]}}, "bits must be"),
+    "half an offset": (
+        {"activation_encodings": {"x": [entry_0(1.0, 0) | {"offset": -1.5}]}},
+        "x: offset must be an integer; got -1.5.",
+    ),
+    "half an offset of version 1": (
+        {"version": "1.0.0", "activation_encodings": [{"name": "x", "bw": 8, "scale": [1.0], "offset": [0.5]}]},
+        "x: offset must be an integer; got 0.5.",
+    ),
+    "half a zero point": (
+        {"version": "2.0.0", "encodings": [{"name": "x", "output_dtype": "int8", "y_scale": 1.0, "y_zero_point": 0.5}]},
+        "x: y_zero_point must be an integer; got 0.5.",
+    ),
     "a nameless one": ({"version": "1.0.0", "activation_encodings": [{"bw": 8}]}, "with a name"),
     "an entry that is no object": ({"version": "2.0.0", "encodings": {"x": 3}}, "x: must be an object; got int"),
     "another of version 1": ({"version": "1.0.0", "activation_encodings": {"x": 3}}, "x: must be an object; got int"),
