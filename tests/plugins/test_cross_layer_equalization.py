@@ -532,7 +532,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module]]]
         "a.bias is shared with another operator (graph.a.bias)",
         lambda: chain(lambda x: x)),
     "computed-weight": (
-        lambda: Built(lambda m, x: F.conv2d(m.a(x), m.b.weight * 2, m.b.bias), a=conv(), b=conv()),
+        lambda: Built(lambda m, x: F.conv2d(m.a(x), m.b.weight * x.mean(), m.b.bias), a=conv(), b=conv()),
         "the weight or bias is computed, not stored (graph.conv.weight)",
         lambda: Built(lambda m, x: F.conv2d(m.a(x), m.b.weight, m.b.bias), a=conv(), b=conv())),
     "transposed-image": (
