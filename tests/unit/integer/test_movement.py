@@ -81,7 +81,7 @@ def test_what_moves_values_moves_codes(name: str, outputs: str) -> None:
 
 def test_a_move_by_computed_sizes_is_named() -> None:
     x = Grid(np.float32(0.3), 17)
-    model = Function(lambda v: v[:, :1].expand(v.shape[0], 5, v.shape[2], 6))
+    model = Function(lambda v: v[:1].expand(v.shape[0], 4, 6, 6))  # from one sample to as many as there are
     spec, example = reference.target(), torch.zeros(3, 4, 6, 6)
     names = [p.group for p in reference.points(model, spec, example)]
     with pytest.raises(IntegerError, match="Expand with computed arguments cannot be executed exactly yet"):
