@@ -213,6 +213,7 @@ def mul(a, b, scales, zeros, how: str = "double") -> Tensor:
     return clamped(requantize((a - zeros[0]) * (b - zeros[1]), ratio, zeros[2], how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["ADD", "MUL"])
 def test_every_pair_of_codes(operator):
     ours, theirs = (add, litert.add) if operator == "ADD" else (mul, litert.mul)

@@ -101,6 +101,7 @@ def test_the_ball_is_filled_by_the_nearest_whole_numbers(magnitudes: list[int], 
     assert sum(found) == min(limit, sum(magnitudes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["tensor", "out_channel"])
 @pytest.mark.parametrize(
     "grid", [{}, {"signed": True, "zero": True}, {"signed": True, "zero": True, "scale": '{ kind = "power_of_two" }'}]

@@ -108,6 +108,7 @@ def test_no_step_is_nearest_rounding() -> None:
     assert torch.equal(grid.floor + up, grid.nearest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [(-INF, INF), (0.0, INF)], ids=["nothing", "relu"])
 def test_it_comes_closer_to_the_best_of_all_roundings(clip: tuple[float, float]) -> None:
     rows, grid, bias = problem(clip, outputs=40)

@@ -788,6 +788,7 @@ def layers_of(steps: list[tuple[str, int, str]]) -> Iterator[nn.Module]:
         channels = outputs
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.sampled_from(list(LAYERS)), st.integers(1, 5), st.sampled_from(list(ACTIVATIONS))),

@@ -271,6 +271,7 @@ def test_a_bias_leaves_room_in_the_accumulator_for_the_widest_sum() -> None:
 EXPONENTS = ", exponents = [{ terms = { weight = -1, input = -1, output = 1 }, min = LEAST, max = MOST }] }"
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 9), st.integers(0, 4))
 def test_inequalities_between_exponents_are_kept(least: int, more: int) -> None:

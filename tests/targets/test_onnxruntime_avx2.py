@@ -47,6 +47,7 @@ def test_the_runtime_gives_the_codes_and_the_model_keeps_its_accuracy(
     assert qhw.verify(result, artefact=qhw.export(result, tmp_path)[0]).is_proven
 
 
+@pytest.mark.slow
 def test_without_the_step_pairs_may_saturate_and_the_missing_field_is_named(graph: qhw.Graph) -> None:
     result = qhw.quantize(graph, TARGET, calibration=digits.calibration(), without=("reduce_range",))
     assert all(proof.overflowing_channels for proof in prove_accumulators(result, witnesses=False))
@@ -54,6 +55,7 @@ def test_without_the_step_pairs_may_saturate_and_the_missing_field_is_named(grap
         IntegerModel(result)
 
 
+@pytest.mark.slow
 def test_unsigned_weights_are_summed_exactly(graph: qhw.Graph) -> None:
     formats = {"*.weight": "w8u"}
     plan = qhw.plan(graph, TARGET, calibration=digits.calibration(), formats=formats)

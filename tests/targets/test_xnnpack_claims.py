@@ -71,6 +71,7 @@ def target(base: str) -> TargetSpec:
     return parse_target(text, find_base=default_registry().target_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="observed on x86-64")
 @pytest.mark.parametrize("kind", DELEGATED)
 def test_no_code_differs_from_xnnpack(kind: str, seen: list[list[str]]) -> None:

@@ -188,6 +188,7 @@ def check(graph, kernels, operators, float_outputs, placement):
         assert len({p.fixed for p in members}) == 1
 
 
+@pytest.mark.slow
 @given(target=targets(), graph=graphs())
 @settings(max_examples=150, deadline=None)
 @also(  # an operand that reads one tensor twice, in formats that differ

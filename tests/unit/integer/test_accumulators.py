@@ -272,6 +272,7 @@ def test_layers_are_proven_in_the_order_in_which_they_run() -> None:
 PAIR_TARGET = 'bits = 32, overflow = "wrap", pairwise = { bits = 4, overflow = "saturate", operands = "FORM" }'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["channel_fastest", "kernel_fastest"])
 @pytest.mark.parametrize("form", ["centred", "stored", "unsigned"])
 @pytest.mark.parametrize("name", ["linear", "conv", "padded", "strided", "depthwise", "grouped"])

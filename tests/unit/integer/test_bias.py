@@ -34,6 +34,7 @@ def lowered(spec: Any, w: Grid, bias: Grid, rng: np.random.Generator, out: Grid)
     return IntegerModel(quantized(model, spec, x.reals(x_q), grids)), x.reals(x_q), acc, b_q
 
 
+@pytest.mark.slow
 @settings(max_examples=30, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_bias_of_its_own_scale_is_shifted_onto_the_sum(data: Any) -> None:
@@ -56,6 +57,7 @@ def test_a_bias_of_its_own_scale_is_shifted_onto_the_sum(data: Any) -> None:
 FIXED = {rule: reference.fixed_point(rule, bits=8, low=-20, high=40) for rule in SINGLE}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_bias_behind_the_multiplier_is_rounded_with_the_product(data: Any) -> None:

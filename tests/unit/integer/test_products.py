@@ -92,6 +92,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
+@pytest.mark.slow
 @settings(max_examples=35, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_convolution_of_any_form_equals_int64_sums_and_its_rounding(data: Any) -> None:
@@ -120,6 +121,7 @@ def test_a_convolution_of_any_form_equals_int64_sums_and_its_rounding(data: Any)
     check(model, rule, rng, shape, ("weight", 0, draw(st.booleans())), product, 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_transposed_convolution_spreads_its_taps_as_int64_does(data: Any) -> None:
@@ -165,6 +167,7 @@ class MatMul(nn.Module):
         return input @ self.weight
 
 
+@pytest.mark.slow
 @settings(max_examples=25, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_linear_operator_of_any_rank_and_spelling_equals_int64_sums(data: Any) -> None:
@@ -194,6 +197,7 @@ class Product(nn.Module):
         return a @ b
 
 
+@pytest.mark.slow
 @settings(max_examples=15, phases=PHASES, deadline=None)
 @given(st.data())
 def test_a_product_of_two_activations_equals_int64_sums(data: Any) -> None:

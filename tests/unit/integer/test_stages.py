@@ -74,6 +74,7 @@ ORDERS: list[tuple[str, ...]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(
     order=st.sampled_from(ORDERS),
     rules=st.tuples(st.sampled_from(SINGLE), st.sampled_from(SINGLE)),
@@ -123,6 +124,7 @@ def test_an_operator_with_a_rounding_of_its_own_has_no_stages() -> None:
     np.testing.assert_array_equal(found, codes_of(f'{kind}, rounding = "half_even"', x, 3, float(np.float32(0.3)), out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fixed_point", "shift", "float32", "float64"])
 @pytest.mark.parametrize("rule", SINGLE)
 @given(zeros=st.tuples(st.integers(-128, 127), st.integers(-128, 127)), weight=st.integers(1, 9))

@@ -88,6 +88,7 @@ def test_every_rule_is_the_definition(rule, case):
     assert rescale_int64(*tensors, 31, rule).tolist() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ALL_RULES)
 @pytest.mark.parametrize("bits", [1, 7, 8, 15, 16])
 @given(data=st.data())
@@ -341,6 +342,7 @@ GRIDS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ALL_RULES)
 @given(data=st.data(), grid=GRIDS, size=st.integers(1, 30), bits=st.sampled_from([31, 31, 16, 8, 1]))
 @settings(max_examples=150, deadline=None)
