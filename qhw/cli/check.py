@@ -36,7 +36,8 @@ def check(
     """Judge whether a quantized model keeps to what a target states; list each violation with clause and fix.
 
     What the target leaves unknown is no violation: it is listed as what cannot be judged. So is what it states and no
-    check looks at. Exit status 1 where something is broken, 0 where nothing is, 2 where the file cannot be read.
+    check looks at. Exit status 1 where something is broken and where nothing could be judged, as of a float model; 0
+    where nothing is broken; 2 where the file cannot be read.
 
     Example: qhw check model.onnx --target espressif/esp32-p4
     """
@@ -54,14 +55,16 @@ def check(
         print_document(report.to_json())
     else:
         _show(report)
-    if not report.is_legal:
+    if not (report.is_legal and report.is_judged):
         raise typer.Exit(1)
 
 
 def _show(report: "CheckReport") -> None:
-    verdict = "legal" if report.is_legal else "not legal"
+    verdict = "nothing judged" if not report.is_judged else "legal" if report.is_legal else "not legal"
     heading(f"{report.artefact} ({report.form}) on {report.target}: {verdict}")
     print(report.summary)
+    if not report.is_judged:
+        print("No operator was held to a kernel of the target, as none of a float model can be. Quantize it first.")
     if report.violations:
         clauses = len({one.clause for one in report.violations})
         print(f"{counted(len(report.violations), 'violation')} of {counted(clauses, 'clause')}")

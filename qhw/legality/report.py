@@ -124,6 +124,12 @@ class CheckReport:
         """Whether nothing is broken; clauses that cannot be judged are no violations."""
         return not self.violations
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether anything was held to a kernel of the target; of a float model nothing can be."""
+        is_held = any(one.kernel is not None or one.status in ("legal", "illegal") for one in self.operators)
+        return bool(is_held or self.violations or self.tensors)
+
     def count(self, status: Status) -> int:
         """How many operators have a status."""
         return sum(one.status == status for one in self.operators)
@@ -145,5 +151,11 @@ class CheckReport:
     def to_json(self) -> str:
         """All of it as JSON text; the same report gives the same bytes."""
         counts = {status: self.count(status) for status in ("legal", "illegal", "host", "unjudged")}
-        data = {"is_legal": self.is_legal, "summary": self.summary, "counts": counts, **asdict(self)}
+        data = {
+            "is_legal": self.is_legal,
+            "is_judged": self.is_judged,
+            "summary": self.summary,
+            "counts": counts,
+            **asdict(self),
+        }
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -80,5 +80,16 @@ def test_a_form_that_nobody_reads_lists_the_readers(tmp_path: Path, qhw_run: Any
 
 def test_the_host_can_be_refused(tmp_path: Path, qhw_run: Any) -> None:
     path = conv_file(w=None, bias=None).write(tmp_path)
-    assert qhw_run("check", str(path), "-t", TARGET).status == 0
-    assert qhw_run("check", str(path), "-t", TARGET, "--no-host").status == 1
+    allowed = json.loads(qhw_run("check", str(path), "-t", TARGET, "--json").out)
+    refused = json.loads(qhw_run("check", str(path), "-t", TARGET, "--no-host", "--json").out)
+    assert (allowed["is_legal"], allowed["counts"]["host"]) == (True, 1)
+    assert (refused["is_legal"], len(refused["violations"])) == (False, 1)
+
+
+def test_a_model_of_which_nothing_is_judged_does_not_pass(tmp_path: Path, qhw_run: Any) -> None:
+    path = conv_file(x=None, y=None, w=None, bias=None).write(tmp_path)
+    done = qhw_run("check", str(path), "-t", TARGET)
+    assert done.status == 1
+    assert done.out.splitlines()[0] == f"{path} (ONNX QDQ) on {TARGET}: nothing judged"
+    assert done.out.splitlines()[2].startswith("No operator was held to a kernel of the target")
+    assert json.loads(qhw_run("check", str(path), "-t", TARGET, "--json").out)["is_judged"] is False
