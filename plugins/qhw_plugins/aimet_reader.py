@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qhw.decisions import listed
 from qhw.errors import ArtefactError
 from qhw.extension import ArtefactReader, PluginInfo, hookimpl
 from qhw.legality import Artefact, Encoding, encoding_of
@@ -62,8 +63,7 @@ def _strangers(model: Any, names: Iterable[str]) -> list[str]:
     known = {output for node in graph.node for output in node.output}
     known |= {value.name for values in (graph.input, graph.initializer) for value in values}
     strange = sorted(set(names) - known)
-    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-    return [f"encodings of tensors that the model does not have: {strange[0]}{more}"] if strange else []
+    return [f"encodings of tensors that the model does not have: {listed(strange, 1)}"] if strange else []
 
 
 def _parsed(path: Path) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def _width(entry: Mapping[str, Any], key: str, where: str, default: Any = None) 
 
 def _numbers(entry: Mapping[str, Any], key: str, where: str) -> list[float]:
     value = entry.get(key)
-    listed: list[Any] = value if isinstance(value, list) else [value]
-    flat: list[Any] = np.asarray(listed, dtype=object).reshape(-1).tolist() if _is_even(listed) else listed
+    given: list[Any] = value if isinstance(value, list) else [value]
+    flat: list[Any] = np.asarray(given, dtype=object).reshape(-1).tolist() if _is_even(given) else given
     for item in flat:
         if isinstance(item, bool) or not isinstance(item, int | float) or not abs(item) <= 2**62:
             raise ArtefactError(f"{where}: {key} must be numbers; got {str(item)[:40]!r}. Export the encodings again.")
@@ -165,8 +165,8 @@ def _numbers(entry: Mapping[str, Any], key: str, where: str) -> list[float]:
     return [float(item) for item in flat]
 
 
-def _is_even(listed: list[Any]) -> bool:
-    return all(isinstance(item, list) for item in listed) and len({len(item) for item in listed}) == 1
+def _is_even(given: list[Any]) -> bool:
+    return all(isinstance(item, list) for item in given) and len({len(item) for item in given}) == 1
 
 
 def _of_version_0(entries: Any, where: str, is_parameter: bool) -> Encoding | None:

@@ -67,10 +67,7 @@ def _grouped(reasons: Iterable[Reason]) -> str:
     subjects: dict[str, list[str]] = {}
     for reason in reasons:
         subjects.setdefault(reason.statement(), []).append(reason.subject)
-    return "; ".join(
-        f"{words} ({found[0]}{f' and {len(set(found)) - 1} more' if len(set(found)) > 1 else ''})"
-        for words, found in subjects.items()
-    )
+    return "; ".join(f"{words} ({listed(list(dict.fromkeys(found)), 1)})" for words, found in subjects.items())
 
 
 def _show_placement(plan: QuantPlan, target: TargetSpec) -> None:

@@ -5,6 +5,7 @@ from qhw.decisions import Step, StepReport
 from qhw.engine.work import Work
 from qhw.extension.plugin import PluginRecord
 from qhw.graph.verify import not_finite
+from qhw.wording import listed
 
 __all__ = ["check_outcome"]
 
@@ -30,9 +31,8 @@ def check_outcome(work: Work, step: Step, report: StepReport, record: PluginReco
         )
     missing = [group for group in step.sites if group not in work.qparams] if step.stage in _SETS_SCALES else []
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise record.author_error(
-            f"{doing} set no scale of {missing[0]}{more}, which are its sites. Call work.set_qparams for each, or "
+            f"{doing} set no scale of {listed(missing, 1)}, which are its sites. Call work.set_qparams for each, or "
             "leave them out of the survey."
         )
     name = not_finite(work.graph)

@@ -16,6 +16,7 @@ from qhw.integer.lower import Obstacle, lower
 from qhw.integer.products import Lowered
 from qhw.integer.site import PointIndex, Site
 from qhw.numerics import quantize
+from qhw.wording import listed
 
 __all__ = ["Executed", "IntegerModel"]
 
@@ -210,10 +211,7 @@ def _words(result: QuantizedModel, obstacles: tuple[Obstacle, ...]) -> str:
     by_reason: dict[str, list[str]] = {}
     for obstacle in obstacles:
         by_reason.setdefault(obstacle.reason, []).append(obstacle.operator)
-    parts = [
-        f"{reason} ({names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''})"
-        for reason, names in by_reason.items()
-    ]
+    parts = [f"{reason} ({listed(names, 1)})" for reason, names in by_reason.items()]
     is_open = any(" is not stated" in part or " is 'unknown'" in part for part in parts)
     return (
         f"'{result.target.name}': its integer result cannot be computed: {'; '.join(parts)}. "
